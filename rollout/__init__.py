@@ -1,0 +1,1 @@
+"""Generation and the stream of completions: engines, workers, wire, replay buffer, mixer."""

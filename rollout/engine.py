@@ -1,0 +1,53 @@
+"""What a generation engine is. Explorers and learner rollouts use the same protocol; vLLM and our own engine implement it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from core.schema import Sampling
+
+
+class Request(NamedTuple):
+    """One prompt and a seed per wanted completion. A completion is a function of (weights, prompt, sampling, seed).
+
+    Example: Request(prompt_ids=(8, 5, 9, 7, 53, 15, 55), seeds=(11, 12, 13))
+    """
+
+    prompt_ids: Sequence[int]
+    seeds: Sequence[int]  # 64-bit, unsigned
+
+
+class Sampled(NamedTuple):
+    """One finished completion: `requests[request]`'s sample number `sample`."""
+
+    request: int
+    sample: int
+    token_ids: np.ndarray  # int32 [L], the stop token included
+    logprobs: np.ndarray  # float32 [L], of the Sampling's kind
+    finish: str  # "stop" or "length"
+
+
+class Engine(Protocol):
+    """Draws completions from one set of weights."""
+
+    vocab_size: int
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
+    ) -> Iterator[Sampled]:
+        """Yield every completion of every request, each as soon as it is finished.
+
+        `on_progress(tokens)` is called after every decode step with the number of tokens it drew: it feeds the heartbeat,
+        so that an engine that hangs is noticed.
+        """
+        ...
+
+    def load_weights(self, file: Path) -> None:
+        """Replace all weights by those of a safetensors file of the same names and shapes."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        ...
