@@ -1,0 +1,178 @@
+"""The replay buffer: completions between arrival and training, with their rewards.
+
+One Condition; `close` and `fail` wake every waiter. Produced for by the pool's thread (insert) and the scorer's thread
+(score, fail_reward); consumed by the trainer's thread (wait, take).
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from core.schema import Completion, CompletionKey, ScoredCompletion, Source
+from rollout.ledger import Ledger
+
+
+class BufferState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint keeps: arrived completions without their rewards (scoring is repeated), and failed keys."""
+
+    completions: list[Completion]
+    failed: list[CompletionKey]
+
+
+class ReplayBuffer:
+    """Completions by step. At most once: a key that was ever inserted for a step, or whose step is trained, is refused.
+
+    `max_bytes` bounds what may be asked for ahead (see `has_room`); the step being collected is always accepted, otherwise
+    the trainer would wait for ever for completions it does not let in.
+    """
+
+    def __init__(self, ledger: Ledger, *, max_bytes: int) -> None:
+        self.ledger = ledger
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._changed = threading.Condition()
+        self._arrived: dict[int, dict[CompletionKey, Completion]] = defaultdict(dict)
+        self._scored: dict[int, dict[CompletionKey, ScoredCompletion]] = defaultdict(dict)
+        self._failed: dict[int, set[CompletionKey]] = defaultdict(set)
+        self._trained_step = 0
+        self._error: Exception | None = None
+
+    def insert(self, completion: Completion) -> bool:
+        """True if it is new; otherwise it is counted as rejected."""
+        key = completion.key
+        with self._changed:
+            if key.step <= self._trained_step:
+                reason = "late"
+            elif key in self._arrived[key.step] or key in self._failed[key.step]:
+                reason = "duplicate"
+            else:
+                self._arrived[key.step][key] = completion
+                self.num_bytes += completion.num_bytes
+                self.ledger.insert(key.source)
+                self._changed.notify_all()
+                return True
+        self.ledger.reject(key.source, reason)
+        return False
+
+    def score(self, key: CompletionKey, reward: float, text: str) -> None:
+        """Give an arrived completion its reward."""
+        with self._changed:
+            completion = self._arrived.get(key.step, {}).get(key)
+            if completion is not None:  # its prompt may have been dropped meanwhile
+                self._scored[key.step][key] = ScoredCompletion(completion=completion, reward=reward, text=text)
+                self._changed.notify_all()
+
+    def fail_reward(self, key: CompletionKey, reason: str) -> None:
+        """Drop a completion whose reward raised, timed out or was no number. Never a reward of 0."""
+        with self._changed:
+            if self._remove(key):
+                self._failed[key.step].add(key)
+                self.ledger.drop(key.source, reason)
+                self._changed.notify_all()
+
+    def drop(self, keys: list[CompletionKey], reason: str) -> None:
+        """Drop arrived completions for a reason of the mixer's."""
+        with self._changed:
+            for key in keys:
+                if self._remove(key):
+                    self.ledger.drop(key.source, reason)
+            self._changed.notify_all()
+
+    def take(self, step: int, keys: list[CompletionKey]) -> None:
+        """`keys` train at `step`: they leave the buffer for good, and whatever else the step holds is dropped as spare."""
+        with self._changed:
+            for key in keys:
+                removed = self._remove(key)
+                assert removed, f"{key} trains but is not resident"
+                self.ledger.train(key.source, 1)
+            for key in list(self._arrived.get(step, {})):
+                self._remove(key)
+                self.ledger.drop(key.source, "spare")
+            self._trained_step = step
+            for table in (self._arrived, self._scored, self._failed):
+                table.pop(step, None)
+
+    def scored(self, step: int) -> dict[CompletionKey, ScoredCompletion]:
+        """A snapshot of the step's scored completions."""
+        with self._changed:
+            return dict(self._scored.get(step, {}))
+
+    def num_scored(self, step: int) -> int:
+        """How many completions of the step have a reward."""
+        with self._changed:
+            return len(self._scored.get(step, {}))
+
+    def keys_of(self, step: int, slot: int) -> list[CompletionKey]:
+        """Resident completions of one prompt."""
+        with self._changed:
+            return [key for key in self._arrived.get(step, {}) if key.slot == slot]
+
+    def failed(self, step: int) -> set[CompletionKey]:
+        """A snapshot of the step's keys whose reward failed."""
+        with self._changed:
+            return set(self._failed.get(step, ()))
+
+    def wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Sleep until `ready` (called with the buffer locked) or the time is over. Raises what `fail` was given."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or ready(), timeout_s)
+            if self._error is not None:
+                raise self._error
+            return ready()
+
+    def notify(self) -> None:
+        """Wake waiters whose condition lies outside the buffer."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def knows(self, key: CompletionKey) -> bool:
+        """Whether `key` is resident or its reward failed."""
+        with self._changed:
+            return key in self._arrived.get(key.step, {}) or key in self._failed.get(key.step, ())
+
+    def fail(self, error: Exception) -> None:
+        """Wake every waiter with an error."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def has_room(self, leased_bytes: int) -> bool:
+        """Whether work ahead of the trainer may still be granted, given the bytes already leased out."""
+        return self.num_bytes + leased_bytes < self.max_bytes
+
+    def resident(self) -> dict[Source, int]:
+        """Completions inside, by source."""
+        with self._changed:
+            counts = dict.fromkeys(Source, 0)
+            for key in self._keys():
+                counts[key.source] += 1
+            return counts
+
+    def state(self) -> BufferState:
+        """For a checkpoint."""
+        with self._changed:
+            completions = [self._arrived[key.step][key] for key in sorted(self._keys())]
+            return BufferState(completions, sorted(key for keys in self._failed.values() for key in keys))
+
+    def restore(self, state: BufferState, trained_step: int) -> None:
+        """Continue from a checkpoint; the ledger is restored on its own, so nothing is counted again."""
+        with self._changed:
+            self._trained_step = trained_step
+            for completion in state.completions:
+                self._arrived[completion.key.step][completion.key] = completion
+                self.num_bytes += completion.num_bytes
+            for key in state.failed:
+                self._failed[key.step].add(key)
+
+    def _keys(self) -> Iterator[CompletionKey]:
+        return (key for step in self._arrived.values() for key in step)
+
+    def _remove(self, key: CompletionKey) -> bool:
+        completion = self._arrived.get(key.step, {}).pop(key, None)
+        if completion is None:
+            return False
+        self._scored.get(key.step, {}).pop(key, None)
+        self.num_bytes -= completion.num_bytes
+        return True

@@ -1,0 +1,122 @@
+"""What must be generated, as leases: a pure function of configuration, prompts and step, known before the run starts."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Literal
+
+from core.anneal import Quota, quota_at
+from core.config import Config
+from core.prompts import PromptSchedule
+from core.schema import CompletionKey, Prompt, Sampling, Source, pack_tokens
+from core.seeds import completion_seed
+from rollout.messages import Lease, LeaseItem
+
+
+class Demand:
+    """Leases of every step and source. Leases of a step never change, so a lost one can be granted again, equal."""
+
+    def __init__(self, config: Config, prompts: PromptSchedule, stop_token_ids: tuple[int, ...]) -> None:
+        self.config = config
+        self.prompts_at = lru_cache(maxsize=64)(prompts.at)
+        rollout, explorer = config.rollout, config.explorer
+        self.sampling = {
+            Source.EXPLORER: Sampling(
+                temperature=explorer.temperature,
+                top_p=explorer.top_p,
+                top_k=explorer.top_k,
+                max_tokens=explorer.max_response_tokens or rollout.max_response_tokens,
+                stop_token_ids=stop_token_ids,
+            ),
+            Source.LEARNER: Sampling(
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                max_tokens=rollout.max_response_tokens,
+                stop_token_ids=stop_token_ids,
+            ),
+        }
+
+    def quota(self, step: int) -> Quota:
+        """G_w and G_s of `step`."""
+        return quota_at(step, self.config.algorithm)
+
+    def count(self, source: Source, step: int) -> int:
+        """Completions `source` owes per prompt at `step`."""
+        quota = self.quota(step)
+        return quota.explorer if source is Source.EXPLORER else quota.learner
+
+    def leases(self, source: Source, step: int) -> Iterator[Lease]:
+        """The leases that cover what `source` owes at `step`."""
+        samples = tuple(range(self.count(source, step)))
+        if not samples:
+            return
+        slots = list(enumerate(self.prompts_at(step)))
+        size = self.config.rollout.lease_prompts
+        for number, first in enumerate(range(0, len(slots), size)):
+            items = tuple(
+                self._item("train", source, step, slot, prompt, samples) for slot, prompt in slots[first : first + size]
+            )
+            yield self._lease("train", source, step, f"{source.value}-{step}-{number}", items)
+
+    def replacement(self, key: CompletionKey) -> Lease:
+        """A further sample of one prompt, in a lease of its own so that it depends on nothing else."""
+        prompt = self.prompts_at(key.step)[key.slot]
+        item = self._item("train", key.source, key.step, key.slot, prompt, (key.sample,))
+        return self._lease(
+            "train", key.source, key.step, f"{key.source.value}-{key.step}-slot{key.slot}-{key.sample}", (item,)
+        )
+
+    def evaluation(self, step: int, prompts: Sequence[Prompt]) -> Iterator[Lease]:
+        """Leases that evaluate the learner after `step` on held-out prompts."""
+        evaluation = self.config.evaluation
+        sampling = Sampling(
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            top_k=evaluation.top_k,
+            max_tokens=self.config.rollout.max_response_tokens,
+            stop_token_ids=self.sampling[Source.LEARNER].stop_token_ids,
+        )
+        samples = tuple(range(evaluation.samples))
+        # A lease's rows stay near those of a training lease, so that they fit where training leases fit.
+        size = max(1, self.config.rollout.lease_prompts * self.config.algorithm.group_size // len(samples))
+        for first in range(0, len(prompts), size):
+            chunk = list(enumerate(prompts))[first : first + size]
+            items = tuple(self._item("eval", Source.LEARNER, step, slot, prompt, samples) for slot, prompt in chunk)
+            yield self._lease("eval", Source.LEARNER, step, f"eval-{step}-{first}", items, sampling)
+
+    def _item(
+        self, purpose: str, source: Source, step: int, slot: int, prompt: Prompt, samples: tuple[int, ...]
+    ) -> LeaseItem:
+        keys = [CompletionKey(source=source, step=step, slot=slot, sample=sample) for sample in samples]
+        return LeaseItem(
+            slot=slot,
+            prompt_uid=prompt.uid,
+            prompt_bytes=pack_tokens(prompt.token_ids),
+            samples=samples,
+            seeds=tuple(completion_seed(self.config.run.seed, purpose, key) for key in keys),
+        )
+
+    def _lease(
+        self,
+        purpose: Literal["train", "eval"],
+        source: Source,
+        step: int,
+        lease_id: str,
+        items: tuple[LeaseItem, ...],
+        sampling: Sampling | None = None,
+    ) -> Lease:
+        if source is Source.EXPLORER:
+            version = 0
+        elif purpose == "eval":
+            version = step
+        else:
+            version = max(step - 1 - self.config.algorithm.lookahead, 0)
+        return Lease(
+            lease_id=lease_id,
+            purpose=purpose,
+            source=source,
+            step=step,
+            version=version,
+            sampling=sampling or self.sampling[source],
+            items=items,
+        )

@@ -1,0 +1,182 @@
+"""The mixer: exactly G_w explorer and G_s learner completions for every prompt of a step, each scored once.
+
+consumes     completions (from the pool's thread, by `receive`) and rewards (from the scorer's thread)
+produces     groups, by `collect`
+waits for    the last scored completion of the step
+unblocked by a score, a failed reward (which asks for a replacement), an error, or a deadline
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from core.config import Config
+from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source
+from core.scoring import Outcome, RewardPool, ScoreItem
+from rollout.buffer import ReplayBuffer
+from rollout.demand import Demand
+from rollout.evaluation import Evaluation
+from rollout.grouping import form_groups
+from rollout.ledger import Ledger
+from rollout.messages import Lease
+from rollout.pool import WorkerPool
+
+POLL_S = 0.5
+Ticket = tuple[str, CompletionKey]
+
+
+class Starved(RuntimeError):
+    """Nothing arrived for stream.starvation_s."""
+
+
+class Mixer:
+    """Asks for completions ahead, and hands out whole groups.
+
+    Example:
+        mixer.request(1)
+        groups = mixer.collect(1)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        demand: Demand,
+        pool: WorkerPool,
+        buffer: ReplayBuffer,
+        ledger: Ledger,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        on_wait: Callable[[str], None],
+    ) -> None:
+        self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
+        self._decode, self._on_wait = decode, on_wait
+        self._requested = dict.fromkeys(Source, 0)  # last step asked for
+        self._replaced: set[CompletionKey] = set()
+        self._dropped_slots: dict[int, set[int]] = defaultdict(set)
+        self._evaluation: Evaluation | None = None
+        reward = config.reward
+        self._rewards = RewardPool(
+            reward.function, workers=reward.workers, timeout_s=reward.timeout_s, on_score=self._on_score
+        )
+
+    def request(self, step: int) -> None:
+        """Ask the learner for `step` and the explorer for as far ahead as is allowed. Asking again does nothing."""
+        horizon = min(step + self.config.explorer.ahead_steps - 1, self.config.algorithm.steps)
+        for source, last in ((Source.EXPLORER, horizon), (Source.LEARNER, step)):
+            for ahead in range(self._requested[source] + 1, last + 1):
+                self.pool.submit([lease for lease in self.demand.leases(source, ahead) if not self._complete(lease)])
+            self._requested[source] = max(self._requested[source], last)
+
+    def receive(self, purpose: str, completion: Completion) -> None:
+        """A validated completion arrived (called on the pool's thread)."""
+        key = completion.key
+        if purpose == "eval":
+            if self._evaluation is not None and self._evaluation.arrive(completion):
+                self._submit(("eval", key), completion, self._evaluation.prompts[key.slot])
+        elif self.buffer.insert(completion):
+            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+            if key.slot in self._dropped_slots[key.step]:
+                self.buffer.drop([key], "prompt_dropped")
+
+    def collect(self, step: int) -> tuple[Group, ...]:
+        """Wait until every prompt of `step` is complete or dropped, and take its groups out of the buffer."""
+        self._wait(f"step {step}", lambda: self._missing(step))
+        scored = list(self.buffer.scored(step).values())
+        groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
+        if not groups:
+            raise RuntimeError(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
+        self.buffer.drop(rescued, "rescued")
+        self.buffer.take(step, [row.completion.key for group in groups for row in group.rows])
+        self._dropped_slots.pop(step, None)
+        self._replaced = {key for key in self._replaced if key.step > step}
+        return groups
+
+    def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
+        """Completions of the learner after `step`, by prompt. Rewards that fail are left out and show as a smaller n."""
+        evaluation = Evaluation(prompts, self.config.evaluation.samples)
+        self._evaluation = evaluation
+        self.pool.submit(list(self.demand.evaluation(step, prompts)))
+        self._wait(f"evaluation after step {step}", evaluation.missing)
+        self._evaluation = None
+        return evaluation.by_prompt()
+
+    def resume(self, step: int) -> None:
+        """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""
+        self._requested = dict.fromkeys(Source, step)
+        state = self.buffer.state()
+        for completion in state.completions:
+            key = completion.key
+            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+        for key in state.failed:
+            self._replace(key)
+
+    def close(self) -> None:
+        """Stop scoring."""
+        self._rewards.close()
+
+    def _complete(self, lease: Lease) -> bool:
+        """Whether a checkpoint already brought back all of a lease."""
+        return all(
+            self.buffer.knows(CompletionKey(source=lease.source, step=lease.step, slot=item.slot, sample=sample))
+            for item in lease.items
+            for sample in item.samples
+        )
+
+    def _missing(self, step: int) -> int:
+        """Scored completions that `step` still lacks."""
+        prompts = len(self.demand.prompts_at(step)) - len(self._dropped_slots[step])
+        return prompts * sum(self.demand.quota(step)) - self.buffer.num_scored(step)
+
+    def _wait(self, what: str, missing: Callable[[], int]) -> None:
+        """Sleep until nothing is missing; say what for; stop with a name when nothing comes any more."""
+        limit_s = self.config.stream.starvation_s
+        best, since = missing(), time.monotonic()
+        while not self.buffer.wait(lambda: missing() == 0, POLL_S):
+            self.pool.check()
+            left, now = missing(), time.monotonic()
+            if left < best:
+                best, since = left, now
+            waiting = f"{what} waits for {left} completions: {self.pool.waiting_for()}"
+            if now - since > limit_s:
+                raise Starved(f"{waiting}. None arrived for {now - since:.0f} s (stream.starvation_s = {limit_s:g})")
+            self._on_wait(waiting)
+
+    def _submit(self, ticket: Ticket, completion: Completion, prompt: Prompt) -> None:
+        tokens = completion.tokens.tolist()
+        item = ScoreItem(
+            prompt=prompt.text,
+            completion=self._decode(tokens),
+            token_ids=tokens,
+            answer=prompt.answer,
+            columns=prompt.columns,
+        )
+        self._rewards.submit((ticket, item.completion), item)
+
+    def _on_score(self, ticket: tuple[Ticket, str], outcome: Outcome) -> None:
+        (purpose, key), text = ticket
+        if purpose == "eval":
+            if self._evaluation is not None:
+                self._evaluation.score(key, outcome.reward, text)
+                self.buffer.notify()
+        elif outcome.reward is not None:
+            self.buffer.score(key, outcome.reward, text)
+        else:
+            self.buffer.fail_reward(key, f"reward_{outcome.reason}")
+            self._replace(key)
+
+    def _replace(self, failed: CompletionKey) -> None:
+        """Ask for further samples of the same source and prompt, one for each that failed, while tries last."""
+        same = [
+            key for key in self.buffer.failed(failed.step) if (key.source, key.slot) == (failed.source, failed.slot)
+        ]
+        if len(same) > self.config.reward.max_tries:
+            self._dropped_slots[failed.step].add(failed.slot)
+            self.buffer.drop(self.buffer.keys_of(failed.step, failed.slot), "prompt_dropped")
+            return
+        first = self.demand.count(failed.source, failed.step)
+        for sample in range(first, first + len(same)):
+            key = CompletionKey(source=failed.source, step=failed.step, slot=failed.slot, sample=sample)
+            if key not in self._replaced and not self.buffer.knows(key):
+                self._replaced.add(key)
+                self.ledger.replace(key.source)
+                self.pool.submit([self.demand.replacement(key)])

@@ -1,0 +1,123 @@
+"""The directory a run writes into: held by one process at a time, never overwritten without being told to."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from core.config import Config
+from core.configfile import ConfigError, write_resolved
+
+CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "lock"
+
+# What a resumed run may change: how it runs, not what it computes.
+FREE_KEYS = (
+    "run.dir", "run.threads", "run.device", "algorithm.steps", "learner.max_nonfinite_updates", "explorer.processes",
+    "explorer.ahead_steps", "rollout.processes", "stream.", "reward.workers", "reward.timeout_s", "evaluation.",
+    "checkpoint.",
+)  # fmt: skip
+
+
+class RunDirectory:
+    """Opens `config.run.dir`, refusing what would lose or mix results.
+
+    Attributes: path; run_id, equal over all starts of a run; incarnation, 1 for the first start and counting.
+    """
+
+    def __init__(self, config: Config, *, resume: bool, clean: bool) -> None:
+        self.path = Path(config.run.dir).resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.path)
+        holds_run = (self.path / CONFIG_FILE).exists()
+        foreign = [entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE]
+        if resume and not holds_run:
+            raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
+        if foreign and not holds_run:
+            raise ConfigError(
+                f"run.dir: {self.path} holds other files ({', '.join(sorted(foreign)[:3])} …); choose another"
+            )
+        if holds_run and clean:
+            empty(self.path)
+        elif holds_run and not resume:
+            raise ConfigError(
+                f"run.dir: {self.path} already holds a run; continue it with --resume, delete it with --clean, or choose another"
+            )
+        elif holds_run:
+            refuse_changes(json.loads((self.path / CONFIG_FILE).read_text()), config)
+        self.run_id, self.incarnation = self._identity()
+        write_resolved(config, self.path / CONFIG_FILE)
+        for name in ("weights", "logs", "rollouts", "checkpoints"):
+            (self.path / name).mkdir(exist_ok=True)
+
+    def _identity(self) -> tuple[str, int]:
+        file = self.path / IDENTITY_FILE
+        saved = json.loads(file.read_text()) if file.exists() else {"run_id": secrets.token_hex(8), "incarnation": 0}
+        saved["incarnation"] += 1
+        write_atomic(file, json.dumps(saved))
+        return saved["run_id"], saved["incarnation"]
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        os.close(self._lock)
+
+
+def hold(path: Path) -> int:
+    """Lock the directory until the descriptor is closed; the kernel does that when the process dies."""
+    descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 100, 0).decode().strip() or "unknown"
+        os.close(descriptor)
+        raise ConfigError(f"run.dir: {path} is in use by process {holder}; stop it or choose another run.dir") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def empty(path: Path) -> None:
+    """Delete a run's files, keeping the held lock."""
+    for entry in path.iterdir():
+        if entry.name == LOCK_FILE:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def refuse_changes(saved: dict[str, Any], config: Config) -> None:
+    """Raise unless a resumed run asks for the computation that was started."""
+    before, now = flatten(saved), flatten(msgspec.to_builtins(config))
+    changed = [
+        f"  {name}: {before.get(name)!r} → {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_KEYS)
+    ]
+    if changed:
+        raise ConfigError(
+            "\n".join(["--resume: these settings differ from the run's; restore them or start a new run:", *changed])
+        )
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Replace a file's content; a reader or a crash sees the old one or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, file)
