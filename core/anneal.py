@@ -1,5 +1,7 @@
 """How many completions of each group the explorer makes (Algorithm 1, lines 3 to 10)."""
 
+from fractions import Fraction
+from math import ceil
 from typing import NamedTuple
 
 from core.config import Algorithm
@@ -42,10 +44,12 @@ def quota_at(step: int, algorithm: Algorithm) -> Quota:
 
     - `linear`: the paper's; `abrupt`: all explorer up to T_mix, then all learner (Figure 6);
       `constant`: ⌈αG⌉ at every step (α = 1 is the small-only run of Figure 5).
-    - mixing `in_group`: G_w + G_s = G. `authors_code`: their script asks for ⌈αG⌉ and ⌈(1−α)G⌉, which is G + 1 rows on a
-      fractional α. `rescue`: the learner makes all G, the explorer `rescue_quota` spare ones per prompt.
+    - mixing `in_group`: G_w + G_s = G. `authors_code`: their script asks for ⌈αG⌉ and ⌈(1−α)G⌉, which is G + 1 rows on
+      a fractional α. `rescue`: the learner makes all G, the explorer `rescue_quota` spare ones per prompt.
     """
     size, anneal = algorithm.group_size, algorithm.anneal_steps
+    if step < 1:
+        raise ValueError(f"quota_at needs step >= 1, got step={step}")
     if algorithm.mixing == "rescue":
         return Quota(algorithm.rescue_quota, size)
     match algorithm.schedule:
@@ -55,14 +59,12 @@ def quota_at(step: int, algorithm: Algorithm) -> Quota:
         case "abrupt":
             explorer, fractional = (size if step <= anneal else 0), False
         case "constant":
-            share = algorithm.alpha * size
-            explorer, fractional = ceil_share(algorithm.alpha, size), share != int(share)
+            share = explorer_share(algorithm.alpha, size)
+            explorer, fractional = ceil(share), share.denominator != 1
     surplus = 1 if algorithm.mixing == "authors_code" and fractional else 0
     return Quota(explorer, size - explorer + surplus)
 
 
-def ceil_share(alpha: float, group_size: int) -> int:
-    """⌈αG⌉ for a configured decimal α, exact: 0.7 of 10 is 7, not 8 by a rounding error of the product."""
-    from decimal import ROUND_CEILING, Decimal
-
-    return int((Decimal(str(alpha)) * group_size).to_integral_value(rounding=ROUND_CEILING))
+def explorer_share(alpha: float, group_size: int) -> Fraction:
+    """αG for a configured decimal α, exact: 0.07 of 100 is 7, where the product of floats rounds up to 8."""
+    return Fraction(str(alpha)) * group_size
