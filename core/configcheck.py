@@ -1,0 +1,243 @@
+"""What no single key can be wrong about: combinations that cannot run, and files that are not there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.anneal import Quota, quota_at
+from core.config import Config, SourceCorrection
+from core.configkeys import ConfigError
+
+EMBEDDED = "embedded:"
+EMBEDDED_DATA = ("embedded:countdown",)
+EMBEDDED_MODELS = ("embedded:learner", "embedded:explorer")
+MEGABYTE = 10**6
+TOKEN_BYTES = 8  # an int32 id and a float32 log-prob
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def check_config(config: Config, world_size: int = 1) -> None:
+    """Raise ConfigError, one line per problem, unless the settings can run together on `world_size` trainer ranks.
+
+    Reads no file: `check_paths` does.
+    """
+    checks = (_schedule, _batches, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
+    problems = [problem for check in checks for problem in check(config)]
+    problems += _ranks(config, world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_paths(config: Config) -> None:
+    """Raise ConfigError for models, data and keys that the run will read and that are not there."""
+    problems = list(_missing_paths(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def explorer_needed(config: Config) -> bool:
+    """True where some step asks the explorer for completions."""
+    return any(quota.explorer for quota in all_quotas(config))
+
+
+def all_quotas(config: Config) -> list[Quota]:
+    """What each policy owes per prompt at steps 1 … T."""
+    return [quota_at(step, config.algorithm) for step in range(1, config.algorithm.steps + 1)]
+
+
+def explorer_tokens(config: Config) -> int:
+    """Longest explorer completion that is generated."""
+    return config.explorer.max_response_tokens or config.rollout.max_response_tokens
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    size, anneal, steps = algorithm.group_size, algorithm.anneal_steps, algorithm.steps
+    if size < 2:
+        yield f"algorithm.group_size = {size}: an advantage compares completions of one prompt, so use at least 2"
+    scheduled = algorithm.schedule != "constant" and algorithm.mixing != "rescue"
+    if scheduled and anneal > steps:
+        yield (
+            f"algorithm.anneal_steps = {anneal} is more than algorithm.steps = {steps}, so α would never reach 0: "
+            f"use algorithm.anneal_steps={steps // 2} (0 is plain GRPO)"
+        )
+    if algorithm.mixing == "rescue" and algorithm.rescue_quota > size:
+        yield (
+            f"algorithm.rescue_quota = {algorithm.rescue_quota} is more than algorithm.group_size = {size}: "
+            f"at most {size} rows of a group can be replaced"
+        )
+    if explorer_needed(config) and config.explorer.processes == 0 and config.stream.endpoint == "auto":
+        yield (
+            'explorer.processes = 0 with stream.endpoint = "auto": the schedule needs explorer completions and '
+            "no explorer could find this run. Use explorer.processes=1, or name an endpoint for explorers started "
+            "by hand, such as stream.endpoint=ipc:///tmp/s2lpo.sock"
+        )
+
+
+def _batches(config: Config) -> Iterator[str]:
+    algorithm, micro = config.algorithm, config.learner.micro_batch_rows
+    prompts, mini, size = algorithm.prompts_per_step, algorithm.mini_batch_prompts, algorithm.group_size
+    if prompts % mini:
+        yield (
+            f"algorithm.mini_batch_prompts = {mini} does not divide algorithm.prompts_per_step = {prompts}: "
+            f"use one of {_divisors(prompts)}"
+        )
+    if algorithm.mixing == "authors_code":
+        # Its two phases hold G_w or G_s completions per prompt; what divides the prompts divides every phase.
+        if mini % micro:
+            yield (
+                f"learner.micro_batch_rows = {micro} does not divide algorithm.mini_batch_prompts = {mini}, as every "
+                f'phase of mixing = "authors_code" needs: use one of {_divisors(mini)}'
+            )
+    elif mini * size % micro:
+        yield (
+            f"learner.micro_batch_rows = {micro} does not divide the {mini} x {size} = {mini * size} completions of "
+            f"one update (algorithm.mini_batch_prompts x algorithm.group_size): use one of {_divisors(mini * size)}"
+        )
+
+
+def _ranks(config: Config, world_size: int) -> Iterator[str]:
+    micro, mini = config.learner.micro_batch_rows, config.algorithm.mini_batch_prompts
+    rows = mini if config.algorithm.mixing == "authors_code" else mini * config.algorithm.group_size
+    if world_size > 1 and rows % (micro * world_size):
+        yield (
+            f"{world_size} trainer ranks x learner.micro_batch_rows = {micro} do not divide the {rows} completions "
+            f"that an update shares out: change one of them"
+        )
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    """μ of truncated sampling is normalised over the kept tokens: a ratio to a full-vocabulary log-prob is void."""
+    for name, section, correction in (
+        ("explorer", config.explorer, config.correction.explorer),
+        ("rollout", config.rollout, config.correction.learner),
+    ):
+        source = "explorer" if name == "explorer" else "learner"
+        used = source == "learner" or explorer_needed(config)
+        if used and (section.top_p < 1 or section.top_k > 0) and needs_sampler_logprobs(correction):
+            yield (
+                f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k} truncate the sampling, but "
+                f'correction.{source} (anchor "{correction.anchor}", weight "{correction.weight}") divides by the '
+                f"sampler's log-probs: use {name}.top_p=1 {name}.top_k=0, or "
+                f"correction.{source}.anchor=learner correction.{source}.weight=none"
+            )
+
+
+def needs_sampler_logprobs(correction: SourceCorrection) -> bool:
+    """True where the loss reads log μ, which then has to be over the whole vocabulary."""
+    return correction.anchor == "sampler" or correction.weight not in ("none", "luffy")
+
+
+def _corrections(config: Config) -> Iterator[str]:
+    for source, correction in (("explorer", config.correction.explorer), ("learner", config.correction.learner)):
+        if correction.low >= correction.high:
+            yield (
+                f"correction.{source}.low = {correction.low:g} must be below "
+                f"correction.{source}.high = {correction.high:g}: they are the two ends of a band"
+            )
+
+
+def _stream(config: Config) -> Iterator[str]:
+    algorithm, rollout, stream = config.algorithm, config.rollout, config.stream
+    group = max(sum(quota) for quota in all_quotas(config))
+    lease = min(rollout.lease_prompts, algorithm.prompts_per_step) * max(max(quota) for quota in all_quotas(config))
+    if config.data.eval:
+        lease = max(lease, rollout.lease_prompts * config.evaluation.samples)
+    if stream.credit < lease:
+        yield (
+            f"stream.credit = {stream.credit} is less than one lease of {lease} completions (rollout.lease_prompts x "
+            f"completions per prompt), so none could be granted: use stream.credit={lease} or a smaller "
+            "rollout.lease_prompts"
+        )
+    longest = max(rollout.max_response_tokens, explorer_tokens(config) if explorer_needed(config) else 0)
+    step_mb = -(-algorithm.prompts_per_step * group * longest * TOKEN_BYTES // MEGABYTE)
+    if stream.buffer_mb < step_mb:
+        yield (
+            f"stream.buffer_mb = {stream.buffer_mb} cannot hold one step ({algorithm.prompts_per_step} prompts x "
+            f"{group} completions x {longest} tokens x {TOKEN_BYTES} bytes), so the run would wait for ever: "
+            f"use stream.buffer_mb={step_mb} or more"
+        )
+    if longest * TOKEN_BYTES + 65536 > stream.max_frame_mb * MEGABYTE:
+        yield f"stream.max_frame_mb = {stream.max_frame_mb} cannot carry one completion of {longest} tokens: raise it"
+    if stream.liveness_s <= stream.heartbeat_s:
+        yield (
+            f"stream.liveness_s = {stream.liveness_s:g} is not above stream.heartbeat_s = {stream.heartbeat_s:g}, "
+            "so every worker would be taken for dead: use ten times the heartbeat"
+        )
+    yield from _endpoint(config)
+
+
+def _endpoint(config: Config) -> Iterator[str]:
+    endpoint = config.stream.endpoint
+    if endpoint == "auto" or endpoint.startswith("ipc://"):
+        return
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not host or not (port.isdigit() or port == "*"):
+        yield f'stream.endpoint = "{endpoint}": expected "auto", ipc://PATH or tcp://HOST:PORT'
+    elif host not in LOOPBACK and not config.stream.keys:
+        yield (
+            f'stream.endpoint = "{endpoint}" can be reached from other machines and stream.keys is empty: make keys '
+            "with python -m rollout.keys and give their directory, or use an ipc:// or tcp://127.0.0.1 endpoint"
+        )
+
+
+def _embedded(config: Config) -> Iterator[str]:
+    """The embedded family reads only the embedded task, and the task is for that family."""
+    learner, explorer, data = config.learner.model, config.explorer.model, config.data
+    models = {"learner.model": learner} | ({"explorer.model": explorer} if explorer_needed(config) else {})
+    for key, model in models.items():
+        if model.startswith(EMBEDDED) and model not in EMBEDDED_MODELS:
+            yield f'{key} = "{model}": expected one of {", ".join(EMBEDDED_MODELS)}, or a Hugging Face directory'
+        elif model.startswith(EMBEDDED) and not data.train.startswith(EMBEDDED):
+            yield (
+                f'{key} = "{model}" can only read the embedded task, not data.train = "{data.train}": '
+                f"give {key} a Hugging Face directory, or use data.train=embedded:countdown"
+            )
+    for key, name in {"data.train": data.train, "data.eval": data.eval}.items():
+        if name.startswith(EMBEDDED) and name not in EMBEDDED_DATA:
+            yield f'{key} = "{name}": expected {EMBEDDED_DATA[0]} or a parquet file'
+    if data.train.startswith(EMBEDDED) and not any(model.startswith(EMBEDDED) for model in (learner, explorer)):
+        yield (
+            f'data.train = "{data.train}" is the task of the embedded models, not of learner.model = "{learner}": '
+            "give data.train and data.eval parquet files"
+        )
+    if data.eval and data.eval.startswith(EMBEDDED) != data.train.startswith(EMBEDDED):
+        yield f'data.train = "{data.train}" and data.eval = "{data.eval}": both embedded, or both parquet files'
+
+
+def _reward(config: Config) -> Iterator[str]:
+    function, train = config.reward.function, config.data.train
+    if function not in ("countdown", "math") and ":" not in function:
+        yield f'reward.function = "{function}": expected "countdown", "math" or module:function'
+    if function == "countdown" and not train.startswith(EMBEDDED):
+        yield f'reward.function = "countdown" cannot score data.train = "{train}": use math or module:function'
+    if function == "math" and train.startswith(EMBEDDED):
+        yield f'reward.function = "math" cannot score data.train = "{train}": use countdown'
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    wrong = [k for k in evaluation.k if not 1 <= k <= evaluation.samples]
+    if config.data.eval and (wrong or not evaluation.k):
+        yield (
+            f"evaluation.k = {list(evaluation.k)}: each k of pass@k must be between 1 and "
+            f"evaluation.samples = {evaluation.samples}"
+        )
+
+
+def _missing_paths(config: Config) -> Iterator[str]:
+    models = {"learner.model": config.learner.model}
+    if explorer_needed(config):
+        models["explorer.model"] = config.explorer.model
+    for key, model in models.items():
+        if not model.startswith(EMBEDDED) and not (Path(model) / "config.json").is_file():
+            yield f'{key} = "{model}": no Hugging Face model directory there (no config.json): download the model first'
+    for key, file in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
+        if file and not file.startswith(EMBEDDED) and not Path(file).is_file():
+            yield f'{key} = "{file}": no such parquet file'
+    if config.stream.keys and not Path(config.stream.keys).is_dir():
+        yield f'stream.keys = "{config.stream.keys}": no such directory: make it with python -m rollout.keys'
+
+
+def _divisors(number: int) -> str:
+    found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    return ", ".join(found if len(found) <= 12 else [*found[:6], "...", *found[-4:]])

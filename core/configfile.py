@@ -1,0 +1,169 @@
+"""From a command line to a checked `Config`: TOML file, dotted overrides, and errors that say what to type instead."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from core.config import Config
+from core.configcheck import check_config
+from core.configkeys import ConfigError, Key, all_keys, section_of
+
+__all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_resolved"]
+
+USAGE = (
+    "torchrun [--nproc-per-node N] trainer/main.py [configs/NAME.toml] [section.key=value ...] "
+    "[--dry-run] [--resume] [--clean] [--help]"
+)
+FLAGS = {
+    "--dry-run": "check everything, print what would run, start nothing",
+    "--resume": "continue the run in run.dir from its newest verified checkpoint",
+    "--clean": "delete the run in run.dir first",
+    "--help": "print this and every key",
+}
+
+
+class Command(NamedTuple):
+    """What the user asked for. `path` is None where no file was named.
+
+    Example: Command(config=Config(), dry_run=True, resume=False, clean=False, help=False, path=None)
+    """
+
+    config: Config
+    dry_run: bool
+    resume: bool
+    clean: bool
+    help: bool
+    path: Path | None
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    """The command line after the program's name: `[FILE.toml] [section.key=value ...] [--flag ...]`.
+
+    No file is the embedded default. Overrides win over the file, later ones over earlier ones.
+    Raises ConfigError for unknown arguments, files, keys and values, and for combinations that cannot run.
+    """
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if "--help" in flags or "-h" in flags:
+        return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None)
+    for flag in sorted(flags - FLAGS.keys()):
+        raise ConfigError(f"unknown option {flag}{_did_you_mean(flag, FLAGS)}\nusage: {USAGE}")
+    if {"--resume", "--clean"} <= flags:
+        raise ConfigError("--resume continues a run and --clean deletes it: give one of them")
+    words = [argument for argument in arguments if argument not in flags]
+    overrides = [word for word in words if "=" in word]
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file at most, got {', '.join(files)}\nusage: {USAGE}")
+    path = Path(files[0]) if files else None
+    config = load_config(path, overrides)
+    check_config(config)
+    return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the file's keys, then `section.key=value` overrides; values are checked one by one."""
+    keys = all_keys()
+    given: dict[str, Any] = {}
+    if path is not None:
+        for name, value in _flatten(_read_toml(path), keys, str(path)):
+            given[name] = _checked(keys[name], value, str(path))
+    for override in overrides:
+        name, text = override.split("=", 1)
+        _require_key(name, keys, f'argument "{override}"')
+        given[name] = _checked(keys[name], _value_of(keys[name], text), "command line")
+    tree = msgspec.to_builtins(Config())
+    for name, value in given.items():
+        *sections, leaf = name.split(".")
+        table = tree
+        for section in sections:
+            table = table[section]
+        table[leaf] = value
+    return msgspec.convert(tree, Config)
+
+
+def write_resolved(config: Config, path: Path) -> None:
+    """The whole configuration as indented JSON."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(file) for file in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; expected FILE.toml or section.key=value"
+        raise ConfigError(f"no configuration file {path}{hint}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _flatten(
+    table: Mapping[str, Any], keys: Mapping[str, Key], origin: str, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a TOML document; every name is a key."""
+    sections = {name[: place + 1] for name in keys for place, letter in enumerate(name) if letter == "."}
+    for word, value in table.items():
+        name = prefix + word
+        if isinstance(value, dict) and name + "." in sections:
+            yield from _flatten(value, keys, origin, name + ".")
+        else:
+            _require_key(name, keys, origin)
+            yield name, value
+
+
+def _require_key(name: str, keys: Mapping[str, Key], origin: str) -> None:
+    if name in keys:
+        return
+    within = [key for key in keys if section_of(key) == name]
+    if within:
+        raise ConfigError(f"{origin}: {name} is a table, not a value\nits keys: {_leaves(within)}")
+    section = section_of(name)
+    siblings = [key for key in keys if section_of(key) == section]
+    same_leaf = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = _did_you_mean(name, siblings) or _did_you_mean(name, same_leaf, cutoff=0.0) or _did_you_mean(name, keys)
+    if siblings:
+        listing = f"keys of [{section}]: {_leaves(siblings)}"
+    else:
+        listing = "tables: " + ", ".join(dict.fromkeys(section_of(key) for key in keys))
+    raise ConfigError(f"{origin}: unknown key {name}{hint}\n{listing}")
+
+
+def _leaves(names: Sequence[str]) -> str:
+    return ", ".join(name.rpartition(".")[2] for name in names)
+
+
+def _did_you_mean(word: str, choices: Mapping[str, Any] | Sequence[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _value_of(key: Key, text: str) -> Any:
+    """A TOML value where `text` is one of the key's type; otherwise the text itself."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    if len(parsed) != 1 or (key.takes_text and not isinstance(parsed["value"], str)):
+        return text
+    return parsed["value"]
+
+
+def _checked(key: Key, value: Any, origin: str) -> Any:
+    """The value, converted to the key's type (an integer may stand for a number, a list for a tuple)."""
+    try:
+        converted = msgspec.convert(value, key.annotation)
+    except msgspec.ValidationError as error:
+        hint = _did_you_mean(value, key.choices, cutoff=0.7) if isinstance(value, str) else ""
+        raise ConfigError(f"{key.name} = {_show(value)} ({origin}): expected {key.expected}{hint}") from error
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ConfigError(f"{key.name} = {value} ({origin}): expected {key.expected}, and finite")
+    return converted
+
+
+def _show(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,117 @@
+"""What a configuration means, in words: `--help` for every key, and the arithmetic of one run."""
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from itertools import groupby
+
+import msgspec
+
+from core.config import Config
+from core.configcheck import all_quotas
+from core.configfile import FLAGS, USAGE
+from core.configkeys import Key, all_keys, section_of
+
+
+def help_text(width: int | None = None) -> str:
+    """Usage, flags and every key with its default, its type and its sentence, wrapped at `width` columns."""
+    width = width or min(shutil.get_terminal_size().columns, 110)
+    lines = textwrap.wrap(f"usage: {USAGE}", width, subsequent_indent="       ")
+    lines += [
+        "",
+        *_wrapped("With no argument: the embedded default, which needs no model, no data and no GPU.", width, ""),
+        "",
+    ]
+    lines += [f"  {flag:<12}{sentence}" for flag, sentence in FLAGS.items()]
+    for section, keys in groupby(all_keys().values(), key=lambda key: section_of(key.name)):
+        lines += ["", f"[{section}]"]
+        for key in keys:
+            lines += _entry(key, width)
+    return "\n".join(lines)
+
+
+def _entry(key: Key, width: int) -> Iterator[str]:
+    default = msgspec.json.encode(key.default).decode()
+    yield f"  {key.name} = {default}"
+    yield from _wrapped(f"{key.sentence} ({key.expected})", width, "      ")
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+
+
+def explain(config: Config) -> list[str]:
+    """The run in a few lines: which batch is which, the quota of every step, and what the explorer will owe by when."""
+    lines = [_models(config), _batch(config), _quotas(config), _demand(config)]
+    if config.data.eval:
+        lines.append(_evaluation(config))
+    return lines
+
+
+def _models(config: Config) -> str:
+    explorer = f"explorer {config.explorer.model}, " if any(quota.explorer for quota in all_quotas(config)) else ""
+    return f"learner {config.learner.model}, {explorer}data {config.data.train}, reward {config.reward.function}"
+
+
+def _batch(config: Config) -> str:
+    algorithm, micro = config.algorithm, config.learner.micro_batch_rows
+    prompts, size, mini = algorithm.prompts_per_step, algorithm.group_size, algorithm.mini_batch_prompts
+    updates = prompts // mini * algorithm.epochs
+    if algorithm.mixing == "authors_code":
+        return (
+            f"{prompts} prompts x {size} completions per step, {size + 1} where α is fractional; an explorer phase, then "
+            f"a learner phase, each of {updates} optimizer updates of {mini} prompts in micro-batches of {micro}"
+        )
+    return (
+        f"{prompts} prompts x {size} completions = {prompts * size} completions per step; {updates} optimizer "
+        f"update{'s' if updates > 1 else ''} of {mini * size}, micro-batches of {micro}"
+    )
+
+
+def _quotas(config: Config) -> str:
+    """Run lengths of G_w+G_s, such as `8+0 in 1, 7+1 in 2-6`."""
+    numbered = enumerate(all_quotas(config), start=1)
+    parts = []
+    for quota, members in groupby(numbered, key=lambda pair: pair[1]):
+        steps = [step for step, _ in members]
+        parts.append(f"{quota.explorer}+{quota.learner} in {_range(steps[0], steps[-1])}")
+    what = "explorer+learner completions per prompt, by step: "
+    if config.algorithm.mixing == "rescue":
+        what = "explorer spares+learner completions per prompt, by step: "
+    return what + ", ".join(parts)
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def _demand(config: Config) -> str:
+    quotas, prompts = all_quotas(config), config.algorithm.prompts_per_step
+    owed = [prompts * quota.explorer for quota in quotas]
+    total, everything = sum(owed), prompts * sum(sum(quota) for quota in quotas)
+    if not total:
+        return f"no explorer: plain GRPO, {everything:,} learner completions in {len(quotas)} steps"
+    last = max(step for step, count in enumerate(owed, start=1) if count)
+    half = _half_due(owed, total)
+    return (
+        f"the explorer owes {total:,} of {everything:,} completions ({total / everything:.0%}), the last at step "
+        f"{last}, half of them by step {half}; it may run {config.explorer.ahead_steps} steps ahead"
+    )
+
+
+def _half_due(owed: list[int], total: int) -> int:
+    so_far = 0
+    for step, count in enumerate(owed, start=1):
+        so_far += count
+        if 2 * so_far >= total:
+            return step
+    raise AssertionError("half of a sum is reached within it")
+
+
+def _evaluation(config: Config) -> str:
+    evaluation = config.evaluation
+    problems = f"{evaluation.problems} problems" if evaluation.problems else "all problems"
+    often = f", every {evaluation.every} steps" if 0 < evaluation.every < config.algorithm.steps else ""
+    return (
+        f"evaluation of {problems} x {evaluation.samples} completions from {config.data.eval}: before{often} and after"
+    )
