@@ -24,8 +24,8 @@ class BufferState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ReplayBuffer:
     """Completions by step. At most once: a key that was ever inserted for a step, or whose step is trained, is refused.
 
-    `max_bytes` bounds what may be asked for ahead (see `has_room`); the step being collected is always accepted, otherwise
-    the trainer would wait for ever for completions it does not let in.
+    `max_bytes` bounds what may be asked for ahead (see `has_room`); the step being collected is always accepted,
+    otherwise the trainer would wait for ever for completions it does not let in.
     """
 
     def __init__(self, ledger: Ledger, *, max_bytes: int) -> None:
@@ -81,7 +81,7 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def take(self, step: int, keys: list[CompletionKey]) -> None:
-        """`keys` train at `step`: they leave the buffer for good, and whatever else the step holds is dropped as spare."""
+        """`keys` train at `step`: they leave the buffer for good; what else the step holds is dropped as spare."""
         with self._changed:
             for key in keys:
                 removed = self._remove(key)

@@ -1,4 +1,4 @@
-"""What must be generated, as leases: a pure function of configuration, prompts and step, known before the run starts."""
+"""What must be generated, as leases: a pure function of configuration, prompts and step, known before the run."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache

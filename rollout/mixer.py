@@ -92,7 +92,7 @@ class Mixer:
         return groups
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out and show as a smaller n."""
+        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
         evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self._evaluation = evaluation
         self.pool.submit(list(self.demand.evaluation(step, prompts)))

@@ -19,7 +19,10 @@ def load_prompts(config: Config, which: str, tokenizer: PreTrainedTokenizerBase)
     lines = list(loaded.report)
     if len(kept) < len(prompts):
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        said = f"{len(prompts) - len(kept)} of {len(prompts)} prompts exceed rollout.max_prompt_tokens = {limit} (longest: {longest})"
+        said = (
+            f"{len(prompts) - len(kept)} of {len(prompts)} prompts exceed "
+            f"rollout.max_prompt_tokens = {limit} (longest: {longest})"
+        )
         if config.data.overlong == "error":
             raise ConfigError(f'data.{which}: {said}; raise the limit, or filter them with data.overlong = "filter"')
         lines.append(f"{said}: filtered")

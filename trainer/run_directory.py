@@ -45,7 +45,8 @@ class RunDirectory:
             empty(self.path)
         elif holds_run and not resume:
             raise ConfigError(
-                f"run.dir: {self.path} already holds a run; continue it with --resume, delete it with --clean, or choose another"
+                f"run.dir: {self.path} already holds a run; continue it with --resume, "
+                "delete it with --clean, or choose another"
             )
         elif holds_run:
             refuse_changes(json.loads((self.path / CONFIG_FILE).read_text()), config)

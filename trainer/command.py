@@ -1,0 +1,39 @@
+"""`torchrun trainer/main.py …`: parse, say what is wrong in a line, or train."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from core.configfile import ConfigError, parse_command
+from core.confighelp import explain, help_text
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        command = parse_command(arguments)
+        if command.help:
+            print(help_text())
+            return OK
+        # Imported late: torch and transformers take seconds, a typo should not.
+        from trainer.loop import train
+        from trainer.session import dry_run
+
+        if command.dry_run:
+            print("\n".join([*explain(command.config), *dry_run(command.config)]))
+        else:
+            train(command)
+    except ConfigError as error:
+        return complain(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return complain("interrupted; continue with --resume", INTERRUPTED)
+    return OK
+
+
+def complain(text: str, code: int) -> int:
+    """One message on the error stream, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"s2l-po: {text}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,129 @@
+"""The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from core.config import Config
+from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
+from rollout.buffer import BufferState, ReplayBuffer
+from rollout.demand import Demand
+from rollout.ledger import Ledger
+from rollout.mixer import Mixer
+from rollout.pool import RoleTerms, WorkerPool
+from trainer.learner import Learner
+from trainer.run_directory import RunDirectory
+from trainer.world import World
+
+KEPT_WEIGHTS = 2  # the newest, and the one a worker may still be reading
+
+
+class Rollouts:
+    """Rank 0's machinery: starts the workers, asks for completions, scores them, forms groups; stopped by `close`."""
+
+    def __init__(
+        self,
+        config: Config,
+        demand: Demand,
+        directory: RunDirectory,
+        terms: dict[Source, RoleTerms],
+        *,
+        decode: Callable[[Sequence[int]], str],
+        on_wait: Callable[[str], None],
+    ) -> None:
+        self.config, self.demand, self.path = config, demand, directory.path
+        self.ledger = Ledger()
+        self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
+        self.pool = WorkerPool(
+            config,
+            run_dir=directory.path,
+            run_id=directory.run_id,
+            incarnation=directory.incarnation,
+            terms=terms,
+            ledger=self.ledger,
+            on_completion=self._receive,
+            has_room=self.buffer.has_room,
+        )
+        self.mixer = Mixer(config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait)
+        for source, processes in ((Source.EXPLORER, self._explorers()), (Source.LEARNER, config.rollout.processes)):
+            for index in range(processes):
+                self.pool.spawn(source, index)
+
+    def publish(self, learner: Learner) -> None:
+        """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
+        file = self.path / "weights" / f"version_{learner.step:06d}.safetensors"
+        sha256 = learner.write_weights(file)
+        self.pool.publish_weights(learner.step, file, sha256)
+        for old in sorted(file.parent.glob("version_*.safetensors"))[:-KEPT_WEIGHTS]:
+            old.unlink()
+
+    def save(self, directory: Path) -> None:
+        """Write what arrived and did not train yet, and the accounts, for a checkpoint."""
+        (directory / "buffer.msgpack").write_bytes(msgspec.msgpack.encode(self.buffer.state()))
+        (directory / "ledger.json").write_bytes(msgspec.json.encode(self.report()))
+
+    def restore(self, directory: Path, step: int) -> None:
+        """Continue after `step` with what a checkpoint holds."""
+        self.ledger.restore(msgspec.json.decode((directory / "ledger.json").read_bytes()))
+        state = msgspec.msgpack.decode((directory / "buffer.msgpack").read_bytes(), type=BufferState)
+        self.buffer.restore(state, step)
+        self.mixer.resume(step)
+
+    def report(self) -> dict[str, Any]:
+        """The ledger, checked against what buffer and workers hold."""
+        return self.pool.quiet(lambda in_flight: self.ledger.report(resident=self.buffer.resident(), in_flight=in_flight))
+
+    def metrics(self) -> dict[str, float]:
+        """Gauges of the stream for a training line."""
+        resident = self.buffer.resident()
+        return {
+            "buffer/resident": float(sum(resident.values())),
+            "buffer/bytes": float(self.buffer.num_bytes),
+            **{name: float(value) for name, value in self.ledger.totals().items()},
+        }
+
+    def close(self) -> None:
+        """Stop workers and scorers."""
+        self.pool.close("the run is over")
+        self.mixer.close()
+
+    def _explorers(self) -> int:
+        """Explorers to start: none where the schedule never asks for one."""
+        steps = range(1, self.config.algorithm.steps + 1)
+        return self.config.explorer.processes if any(self.demand.quota(step).explorer for step in steps) else 0
+
+    def _receive(self, purpose: str, completion: Completion) -> None:
+        self.mixer.receive(purpose, completion)
+
+
+class GroupStream:
+    """What the loop sees, the same on every rank: `rollouts` is None on all but rank 0.
+
+    Example: stream.request(1); groups = stream.collect(1)
+    """
+
+    def __init__(self, world: World, rollouts: Rollouts | None) -> None:
+        self.world, self.rollouts = world, rollouts
+
+    def request(self, step: int) -> None:
+        """Ask for the completions of `step`; asking again does nothing."""
+        if self.rollouts is not None:
+            self.rollouts.mixer.request(step)
+
+    def collect(self, step: int) -> tuple[Group, ...]:
+        """The groups of `step`, each with exactly its quota."""
+        if self.world.size == 1 and self.rollouts is not None:
+            return self.rollouts.mixer.collect(step)
+        payload = None if self.rollouts is None else msgspec.msgpack.encode(self.rollouts.mixer.collect(step))
+        return msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
+
+    def publish(self, learner: Learner) -> None:
+        """Give the rollout workers the learner's weights."""
+        if self.rollouts is not None:
+            self.rollouts.publish(learner)
+
+    def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
+        """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""
+        return [] if self.rollouts is None else self.rollouts.mixer.evaluate(step, prompts)
