@@ -59,8 +59,8 @@ def _batch(config: Config) -> str:
     updates = prompts // mini * algorithm.epochs
     if algorithm.mixing == "authors_code":
         return (
-            f"{prompts} prompts x {size} completions per step, {size + 1} where α is fractional; an explorer phase, then "
-            f"a learner phase, each of {updates} optimizer updates of {mini} prompts in micro-batches of {micro}"
+            f"{prompts} prompts x {size} completions per step, {size + 1} where α is fractional; an explorer phase, "
+            f"then a learner phase, each of {updates} optimizer updates of {mini} prompts in micro-batches of {micro}"
         )
     return (
         f"{prompts} prompts x {size} completions = {prompts * size} completions per step; {updates} optimizer "
