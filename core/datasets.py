@@ -1,0 +1,249 @@
+"""Questions from the embedded task or a parquet file: columns mapped, duplicates removed, bad rows refused."""
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+
+from core.config import Data
+from core.countdown import problems
+from core.schema import Noun
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+EMBEDDED = "embedded:"
+PROMPT_COLUMNS = ("prompt", "problem", "question", "Problem", "Question")
+# A final answer before a worked solution: benchmarks such as MATH-500 have both. Dots lead into structs.
+ANSWER_COLUMNS = (
+    "answer",
+    "Answer",
+    "final_answer",
+    "answerKey",
+    "reward_model.ground_truth",
+    "ground_truth",
+    "solution",
+    "Solution",
+)
+BATCH_ROWS = 8192
+
+
+class Question(Noun, frozen=True, kw_only=True):
+    """A question of a data set, not yet rendered for a tokenizer.
+
+    Example: Question(uid="9f0c61b27a53e844", text="What is 2+2?", answer="4", columns={"level": "1"},
+                      messages=({"role": "user", "content": "What is 2+2?"},))
+    """
+
+    uid: str  # question_uid(text)
+    text: str  # the contents of the messages, for template = "plain"; no suffix yet
+    messages: tuple[dict[str, str], ...]  # {"role": ..., "content": ...}, as chat templates take them
+    answer: str
+    # Every other column: text as it stands, null as "", anything else as JSON.
+    columns: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Loaded(NamedTuple):
+    """A data set in its own order, and what to tell the user about it."""
+
+    questions: tuple[Question, ...]
+    report: tuple[str, ...]
+
+
+def question_uid(text: str) -> str:
+    """16 hex digits of BLAKE2b over a question's text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def load_questions(data: Data, which: Literal["train", "eval"], seed: int) -> Loaded:
+    """The questions of `data.train` or `data.eval`, each once.
+
+    A parquet file is read in batches: a prompt is text or a list of {role, content} (both published forms of
+    DAPO-Math-17k), an answer is text, a number, or a list of texts. Rows that repeat a prompt are counted and left out.
+    An empty `data.eval` has no questions. `seed` makes the embedded problems.
+    Raises ValueError, naming the configuration key, for a file that is missing, empty or not parquet, for a column that
+    is not there, and for a row without prompt or answer.
+    """
+    name = data.train if which == "train" else data.eval
+    key = f"data.{which}"
+    if which == "eval" and not name:
+        return Loaded((), (f"{key}: none, no evaluation",))
+    if name.startswith(EMBEDDED):
+        return _embedded(key, name, which, seed)
+    return _parquet(key, name, data)
+
+
+def _embedded(key: str, name: str, which: Literal["train", "eval"], seed: int) -> Loaded:
+    if name != "embedded:countdown":
+        raise ValueError(f'{key} = "{name}": the only embedded data set is "embedded:countdown"')
+    questions = tuple(
+        _question((("user", problem.prompt),), str(problem.target), {}) for problem in problems(which, seed)
+    )
+    return Loaded(questions, (f"{key}: {name}, {len(questions):,} problems",))
+
+
+def _question(turns: tuple[tuple[str, str], ...], answer: str, columns: dict[str, str]) -> Question:
+    text = _text(turns)
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    return Question(uid=question_uid(text), text=text, messages=messages, answer=answer, columns=columns)
+
+
+def _text(turns: tuple[tuple[str, str], ...]) -> str:
+    return "\n\n".join(content for _, content in turns)
+
+
+def _parquet(key: str, name: str, data: Data) -> Loaded:
+    file = _open(key, name)
+    prompt = _column(file, name, "data.prompt_column", data.prompt_column, PROMPT_COLUMNS)
+    answer = _column(file, name, "data.answer_column", data.answer_column, ANSWER_COLUMNS)
+    questions: list[Question] = []
+    answers: dict[str, str] = {}
+    duplicates = contradictions = row = 0
+    for turns, gold, others, index in _rows(file, prompt, answer):
+        text = _text(turns) if turns else ""
+        if not text.strip() or not gold:
+            raise ValueError(
+                f"{key}: row {row} (counted from 0) of {name} has no {'answer' if text.strip() else 'prompt'} "
+                f"in column {answer if text.strip() else prompt}; remove the row or choose another column"
+            )
+        uid = question_uid(text)
+        if uid in answers:
+            duplicates += 1
+            contradictions += answers[uid] != gold
+        else:
+            answers[uid] = gold
+            questions.append(_question(turns, gold, _texts(others, index)))
+        row += 1
+    if not questions:
+        raise ValueError(f"{key}: {name} holds no rows")
+    lines = [
+        f"{key}: {name}, {row:,} rows, {len(questions):,} questions ({duplicates:,} duplicates removed)",
+        f"{key}: prompt from column {prompt}, answer from column {answer}",
+    ]
+    if contradictions:
+        lines.append(f"{key}: {contradictions:,} of the duplicates gave another answer; the first one counts")
+    return Loaded(tuple(questions), tuple(lines))
+
+
+def _open(key: str, name: str) -> "pq.ParquetFile":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f'{key} = "{name}" {found}; give a parquet file or "embedded:countdown"')
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f'{key} = "{name}" is not a parquet file ({error})') from error
+
+
+def _column(file: "pq.ParquetFile", name: str, key: str, wanted: str, candidates: tuple[str, ...]) -> str:
+    """The dotted path of a column that is there."""
+    paths = _paths(file.schema_arrow, "")
+    for path in candidates if wanted == "auto" else (wanted,):
+        if path in paths:
+            return path
+    columns = f"columns of {name}: {', '.join(paths)}"
+    if wanted == "auto":
+        raise ValueError(f"{key}: none of {', '.join(candidates)} is there; set {key}; {columns}")
+    near = difflib.get_close_matches(wanted, paths, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise ValueError(f'{key} = "{wanted}" is not there{hint} ({columns})')
+
+
+def _paths(fields: "pa.Schema | pa.StructType", prefix: str) -> list[str]:
+    import pyarrow as pa
+
+    found = []
+    for field in fields:
+        found.append(prefix + field.name)
+        if pa.types.is_struct(field.type):
+            found += _paths(field.type, f"{prefix}{field.name}.")
+    return found
+
+
+def _rows(file: "pq.ParquetFile", prompt: str, answer: str) -> Iterator[tuple[Any, str, "pa.RecordBatch", int]]:
+    """Of every row: its turns or None, its answer or "", and where its other columns are.
+
+    The other columns are converted for rows that are kept only: 17 thousand of DAPO-Math-17k's 1.8 million.
+    """
+    names = [field.name for field in file.schema_arrow if "binary" not in str(field.type)]
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=names):
+        turns = _turns(_dig(batch, prompt), prompt)
+        if "choices" in names:
+            turns = _with_choices(turns, batch.column("choices").to_pylist())
+        others = batch.select([name for name in names if name != prompt])
+        for index, (turn, gold) in enumerate(zip(turns, _golds(_dig(batch, answer), answer))):
+            yield turn, gold, others, index
+
+
+def _dig(batch: "pa.RecordBatch", path: str) -> "pa.Array":
+    import pyarrow.compute as pc
+
+    top, *inner = path.split(".")
+    column = batch.column(top)
+    return pc.struct_field(column, inner) if inner else column
+
+
+def _turns(column: "pa.Array", path: str) -> list[Any]:
+    """Per row the (role, content) pairs of its prompt; None where it is missing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return [None if text is None else (("user", text),) for text in column.to_pylist()]
+    element = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
+    if (
+        element is None
+        or not pa.types.is_struct(element)
+        or not {"role", "content"} <= {field.name for field in element}
+    ):
+        raise ValueError(f"column {path} has type {column.type}: a prompt is text or a list of {{role, content}}")
+    flat = column.flatten()
+    roles, contents = (pc.struct_field(flat, [part]).to_pylist() for part in ("role", "content"))
+    rows: list[Any] = []
+    start = 0
+    for length in column.value_lengths().to_pylist():
+        end = start + (length or 0)
+        rows.append(None if None in contents[start:end] else tuple(zip(roles[start:end], contents[start:end])))
+        start = end
+    return rows
+
+
+def _with_choices(turns: list[Any], choices: list[Any]) -> list[Any]:
+    """Multiple-choice questions (CommonsenseQA) cannot be answered without their choices {label: [], text: []}."""
+    rows = []
+    for turn, choice in zip(turns, choices):
+        if turn and isinstance(choice, dict) and {"label", "text"} <= choice.keys():
+            options = "".join(f"\n{label}. {text}" for label, text in zip(choice["label"], choice["text"]))
+            turn = (*turn[:-1], (turn[-1][0], turn[-1][1] + options))
+        rows.append(turn)
+    return rows
+
+
+def _golds(column: "pa.Array", path: str) -> list[str]:
+    """Answers as text; "" where missing. GSM8K's stands after `####`, OlympiadBench's is a list in dollar signs."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [
+            ", ".join(str(part).strip("$ ") for part in value or () if part is not None) for value in column.to_pylist()
+        ]
+    if pa.types.is_nested(kind) or "binary" in str(kind):
+        raise ValueError(f"column {path} has type {kind}: an answer is text, a number, or a list of texts")
+    return [(text or "").rpartition("####")[2].strip() for text in column.cast(pa.string()).to_pylist()]
+
+
+def _texts(others: "pa.RecordBatch", index: int) -> dict[str, str]:
+    values = {name: others.column(name)[index].as_py() for name in others.schema.names}
+    return {
+        name: value if isinstance(value, str) else "" if value is None else msgspec.json.encode(value).decode()
+        for name, value in values.items()
+    }
