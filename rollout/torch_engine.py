@@ -1,0 +1,172 @@
+"""The embedded engine: batched decoding in PyTorch, on CPU or one GPU, for models that fit it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.schema import Sampling
+from rollout.engine import Request, Sampled
+from rollout.torch_model import Cache, TorchModel
+from rollout.torch_sampling import draw, row_keys, uniforms
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Finished rows leave the batch when they are this part of it: moving rows costs less than computing them.
+_COMPACT_AT = 1 / 8
+
+
+class TorchEngine:
+    """Engine (rollout.engine) over a Hugging Face directory of Qwen3 or Llama architecture.
+
+    The noise of a token is a function of its completion's seed and its position alone. One call's requests are one
+    batch: the same requests in the same order give bit-identical token ids and log-probs, always, on the same machine
+    with the same number of threads. In another batch a completion has the same noise, but matrix products of other
+    shapes round differently: log-probs then agree to about 1e-6 in float32, and a token changes only where its draw
+    falls that close to a boundary. Do not load weights while an iterator of `generate` is unfinished.
+
+    Errors: ValueError for an unsupported architecture, missing or foreign weights, and requests that the model cannot
+    serve.
+
+    Example: TorchEngine(Path("models/learner")).generate([Request((8, 5, 9), seeds=(11, 12))], sampling)
+    """
+
+    def __init__(self, model_dir: Path, *, device: str = "cpu", dtype: str = "float32") -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
+        self._model = TorchModel(Path(model_dir), device=device, dtype=DTYPES[dtype])
+        self.vocab_size = self._model.shape.vocab
+
+    def load_weights(self, file: Path) -> None:
+        """Replace all weights by those of a safetensors file of the same names and shapes, or change none and refuse."""
+        self._model.weights.load([Path(file)])
+
+    def close(self) -> None:
+        """Free the weights; the engine cannot be used afterwards."""
+        del self._model
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
+    ) -> Iterator[Sampled]:
+        """Check the requests, then yield every completion of every request, each as soon as it is finished.
+
+        `on_progress(tokens)` is called after every decode step with the number of tokens it drew. One token and its
+        log-prob per row cross from the device each step, in one copy.
+        """
+        self._check(requests, sampling)
+        return self._stream(requests, sampling, on_progress or (lambda tokens: None))
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self._model.shape.max_positions
+        for index, request in enumerate(requests):
+            ids = request.prompt_ids
+            if not len(ids):
+                raise ValueError(f"request {index} has an empty prompt: a prompt needs at least one token")
+            if min(ids) < 0 or max(ids) >= self.vocab_size:
+                bounds = f"0 … {self.vocab_size - 1}"
+                raise ValueError(f"request {index}: prompt ids {min(ids)} … {max(ids)} leave the vocabulary {bounds}")
+            if len(ids) + sampling.max_tokens > limit:
+                raise ValueError(
+                    f"request {index}: {len(ids)} + {sampling.max_tokens} tokens exceed the model's {limit} positions"
+                )
+            if not all(0 <= seed < 2**64 for seed in request.seeds):
+                raise ValueError(f"request {index}: a seed is outside 0 … 2^64 - 1")
+
+    def _stream(
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: Callable[[int], None]
+    ) -> Iterator[Sampled]:
+        rows = _Rows.of(requests, sampling.max_tokens)
+        if not len(rows.open):
+            return
+        logits, cache = self._prefill(requests, sampling.max_tokens)
+        for step in range(sampling.max_tokens):
+            drawn = self._draw(logits, rows, step, sampling)
+            on_progress(int(rows.open.sum()))
+            stopped = rows.open & np.isin(rows.tokens[:, step], sampling.stop_token_ids)
+            last = step + 1 == sampling.max_tokens
+            for row in np.flatnonzero(rows.open if last else stopped):
+                yield rows.finished(row, step + 1, "stop" if stopped[row] else "length")
+            rows.open &= ~stopped
+            if last or not rows.open.any():
+                return
+            order = compaction(rows.open)
+            if len(order) < len(rows.open):
+                rows = rows.reordered(order)
+                moved = np.flatnonzero(order != np.arange(len(order)))
+                cache.move_rows(self._tensor(order[moved]), self._tensor(moved), len(order))
+                drawn = drawn[self._tensor(order)]
+            logits = self._model.decode(drawn, cache)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._model.device)
+
+    def _prefill(self, requests: Sequence[Request], max_tokens: int) -> tuple[torch.Tensor, Cache]:
+        """First logits [B, V] and the cache of all rows; equal prompts go through the model once."""
+        prompts: dict[tuple[int, ...], int] = {}
+        prompt_of_row: list[int] = []
+        for request in requests:
+            index = prompts.setdefault(tuple(request.prompt_ids), len(prompts))
+            prompt_of_row += [index] * len(request.seeds)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        token_ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
+        for index, prompt in enumerate(prompts):
+            token_ids[index, -len(prompt) :] = prompt
+        self._model.reserve_positions(int(lengths.max()) + max_tokens)
+        logits, cache = self._model.prefill(self._tensor(token_ids), self._tensor(lengths))
+        where = self._tensor(np.array(prompt_of_row))
+        return logits[where], cache.repeat(where, max_tokens)
+
+    def _draw(self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling) -> torch.Tensor:
+        """Draw token number `step` of every row and note it on the host; int64 [B] on the device."""
+        tokens, logprobs = draw(logits, self._tensor(uniforms(rows.keys, step)), sampling)
+        # Both are exact in float64, so one copy brings them over.
+        both = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
+        rows.tokens[:, step], rows.logprobs[:, step] = both
+        if not np.isfinite(both[1]).all():
+            raise ValueError(f"the model gives logits that are not finite at new token {step}: its weights are broken")
+        return tokens
+
+
+@dataclass
+class _Rows:
+    """What the host knows of the batch's rows: B rows, M tokens at most each."""
+
+    names: np.ndarray  # int64 [B, 2]: request and sample
+    keys: np.ndarray  # uint64 [B]
+    tokens: np.ndarray  # int32 [B, M]
+    logprobs: np.ndarray  # float32 [B, M]
+    open: np.ndarray  # bool [B]: not finished
+
+    @staticmethod
+    def of(requests: Sequence[Request], max_tokens: int) -> "_Rows":
+        names = [(r, s) for r, request in enumerate(requests) for s in range(len(request.seeds))]
+        seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
+        size = (len(names), max_tokens)
+        return _Rows(
+            np.array(names),
+            row_keys(seeds),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.float32),
+            np.ones(len(names), bool),
+        )
+
+    def finished(self, row: np.intp, length: int, finish: str) -> Sampled:
+        request, sample = self.names[row].tolist()
+        return Sampled(request, sample, self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), finish)
+
+    def reordered(self, order: np.ndarray) -> "_Rows":
+        return _Rows(self.names[order], self.keys[order], self.tokens[order], self.logprobs[order], self.open[order])
+
+
+def compaction(open_rows: np.ndarray) -> np.ndarray:
+    """Which old row each row of the next step holds: all as they are, or the open ones, moving as few as possible.
+
+    Example: compaction([True, False, True, True]) is [0, 3, 2]
+    """
+    kept = int(open_rows.sum())
+    order = np.arange(len(open_rows))
+    if len(open_rows) - kept < _COMPACT_AT * len(open_rows):
+        return order
+    order[np.flatnonzero(~open_rows[:kept])] = kept + np.flatnonzero(open_rows[kept:])
+    return order[:kept]

@@ -1,0 +1,196 @@
+"""The weights of a Hugging Face directory (Qwen3 or Llama decoder) as plain tensors, fused where they read one input.
+
+Shapes: E hidden size, V vocabulary, L layers, H query heads, K key-value heads, D head size, F intermediate size.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+
+
+class Shape(NamedTuple):
+    """What config.json says about the architecture."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    qk_norm: bool
+
+
+def read_shape(model_dir: Path) -> Shape:
+    """Shape of a Hugging Face directory; ValueError where it is not a decoder this engine runs exactly."""
+    file = model_dir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{model_dir} has no config.json: give a Hugging Face model directory")
+    config: dict[str, Any] = json.loads(file.read_text())
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{file}: architecture {architecture} is not supported by the torch engine; it runs {ARCHITECTURES}"
+        )
+    qwen = architecture == "Qwen3ForCausalLM"
+    rope = config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta"),
+    }
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    # Dynamic scaling only starts above max_position_embeddings, which the engine does not pass.
+    unsupported = {
+        "rope_type": rope_type not in ("default", "dynamic") and rope_type,
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "use_sliding_window": config.get("use_sliding_window"),
+        "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
+    }
+    if found := {key: value for key, value in unsupported.items() if value}:
+        raise ValueError(f"{file}: the torch engine does not support {found}; use another engine for this model")
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return Shape(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or (128 if qwen else hidden // heads),
+            vocab=config["vocab_size"],
+            eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            max_positions=config["max_position_embeddings"],
+            tied=config.get("tie_word_embeddings", False),
+            qk_norm=qwen,
+        )
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}: it is not a complete {architecture} configuration") from error
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The directory's model.safetensors, or the shards its index names."""
+    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{model_dir} has neither {single.name} nor {index.name}: convert the weights to safetensors")
+    return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights, products that read the same input fused by rows."""
+
+    attention_norm: torch.Tensor  # [E]
+    qkv: torch.Tensor  # [(H + 2K)·D, E]
+    qk_norm: torch.Tensor | None  # [H + K, D], Qwen3 only
+    out: torch.Tensor  # [E, H·D]
+    mlp_norm: torch.Tensor  # [E]
+    gate_up: torch.Tensor  # [2F, E]
+    down: torch.Tensor  # [E, F]
+
+
+class Weights:
+    """All weights of one model, on one device.
+
+    Raises ValueError for a directory of another architecture and for weights of other names or shapes.
+    """
+
+    def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape = s = read_shape(model_dir)
+        self._device, self._dtype = device, dtype
+        self.embedding = self._new(s.vocab, s.hidden)
+        self.norm = self._new(s.hidden)
+        self.head = self.embedding if s.tied else self._new(s.vocab, s.hidden)
+        self.layers = [self._new_layer() for _ in range(s.layers)]
+        self.load(weight_files(model_dir))
+
+    def _new(self, *size: int) -> torch.Tensor:
+        return torch.empty(size, device=self._device, dtype=self._dtype)
+
+    def _new_layer(self) -> Layer:
+        s = self.shape
+        return Layer(
+            attention_norm=self._new(s.hidden),
+            qkv=self._new((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden),
+            qk_norm=self._new(s.heads + s.kv_heads, s.head_dim) if s.qk_norm else None,
+            out=self._new(s.hidden, s.heads * s.head_dim),
+            mlp_norm=self._new(s.hidden),
+            gate_up=self._new(2 * s.intermediate, s.hidden),
+            down=self._new(s.hidden, s.intermediate),
+        )
+
+    def _destinations(self) -> dict[str, torch.Tensor]:
+        """Where each tensor of the file goes: views into the fused weights."""
+        s = self.shape
+        views = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        if not s.tied:
+            views["lm_head.weight"] = self.head
+        for index, layer in enumerate(self.layers):
+            prefix = f"model.layers.{index}."
+            query, key, value = layer.qkv.split(
+                [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+            )
+            gate, up = layer.gate_up.chunk(2)
+            views |= {
+                prefix + "input_layernorm.weight": layer.attention_norm,
+                prefix + "self_attn.q_proj.weight": query,
+                prefix + "self_attn.k_proj.weight": key,
+                prefix + "self_attn.v_proj.weight": value,
+                prefix + "self_attn.o_proj.weight": layer.out,
+                prefix + "post_attention_layernorm.weight": layer.mlp_norm,
+                prefix + "mlp.gate_proj.weight": gate,
+                prefix + "mlp.up_proj.weight": up,
+                prefix + "mlp.down_proj.weight": layer.down,
+            }
+            if layer.qk_norm is not None:
+                # One vector per layer in the file, one row per head here, so that one product serves queries and keys.
+                views[prefix + "self_attn.q_norm.weight"] = layer.qk_norm[: s.heads]
+                views[prefix + "self_attn.k_norm.weight"] = layer.qk_norm[s.heads :]
+        return views
+
+    @torch.inference_mode()
+    def load(self, files: Sequence[Path]) -> None:
+        """Replace all weights in place; nothing is changed where a name or a shape is wrong (ValueError)."""
+        views = self._destinations()
+        with ExitStack() as stack:
+            found: dict[str, Any] = {}
+            for file in files:
+                reader = stack.enter_context(_open(file))
+                found |= dict.fromkeys(reader.keys(), reader)
+            if self.shape.tied:
+                # Some writers store the tied matrix twice.
+                found.pop("lm_head.weight", None)
+            where = files[0].parent if len(files) > 1 else files[0]
+            if found.keys() != views.keys():
+                missing, unknown = sorted(views.keys() - found.keys()), sorted(found.keys() - views.keys())
+                raise ValueError(f"{where}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")
+            for name, view in views.items():
+                size = found[name].get_slice(name).get_shape()
+                expected = [view.shape[-1]] if name.endswith("norm.weight") else list(view.shape)
+                if size != expected:
+                    raise ValueError(f"{where}: {name} has shape {size}, the model needs {expected}")
+            for name, view in views.items():
+                view.copy_(found[name].get_tensor(name))
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"weights file {file} does not exist")
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
