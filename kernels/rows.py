@@ -1,0 +1,66 @@
+"""What row operations return and take: one entry per row of a chunk of logits."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import LossRows, LossSettings
+from kernels.row_loss import RowLoss
+
+
+class RowStatistics(NamedTuple):
+    """Of z = logits / temperature per row: log-prob of the target and entropy (nats), max z, log Σ e^{z − max}."""
+
+    logprob: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+
+
+class RowWeights(NamedTuple):
+    """∂L/∂loss_t = token weight, and ∂L/∂entropy_t = −token weight · entropy_coef (None when that is 0)."""
+
+    loss: Tensor
+    entropy: Tensor | None
+
+
+class Backend(Protocol):
+    """Row operations of one implementation: the modules `kernels.row_torch` and `kernels.row_triton`.
+
+    `gradient` and `loss_and_gradient` return the logits' gradient as a view into the logits' own memory, ready for the
+    two products of the backward pass.
+    """
+
+    CHUNK_BYTES: int
+    CHUNK_ROWS: int
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the products' operands for hidden states and weights of `dtype`."""
+
+    def logits_dtype(self, dtype: torch.dtype, fp32_logits: bool) -> torch.dtype:
+        """Dtype of the chunk of logits."""
+
+    def statistics(self, logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> RowStatistics: ...
+
+    def gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        inverse_temperature: Tensor,
+        stats: RowStatistics,
+        grad_logprob: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor: ...
+
+    def row_loss(self, logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss: ...
+
+    def loss_and_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        inverse_temperature: Tensor,
+        rows: LossRows,
+        weights: RowWeights,
+        settings: LossSettings,
+    ) -> tuple[RowStatistics, RowLoss, Tensor]: ...
