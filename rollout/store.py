@@ -97,5 +97,5 @@ def _table(groups: Sequence[Group]) -> pa.Table:
 def _lists(arrays: list[np.ndarray], dtype: type) -> pa.ListArray:
     """One Arrow list per completion, without a Python object per token."""
     offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
-    values = np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype)
+    values: np.ndarray = np.concatenate(arrays, dtype=dtype) if arrays else np.empty(0, dtype)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

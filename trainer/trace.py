@@ -28,9 +28,9 @@ class Moment(NamedTuple):
 class Tracer:
     """Collects spans from any thread and writes them as one JSON array.
 
-    Times are CLOCK_MONOTONIC seconds, which the processes of one host share; other hosts' spans stand on their own clock.
-    The array is complete after every flush: new events go over the closing bracket in one write. At most 256 events wait
-    in memory. A resumed run goes on in the same file, behind what stands there even if the host restarted.
+    Times are CLOCK_MONOTONIC seconds, which the processes of one host share; other hosts' spans keep their own clock.
+    The array is complete after every flush: new events go over the closing bracket in one write. At most 256 events
+    wait in memory. A resumed run goes on in the same file, behind what stands there even if the host restarted.
     Spans of one track must nest or follow each other. `Tracer(None)` records nothing (ranks other than 0).
 
     Example: with tracer.span("train", step=3): ...

@@ -1,0 +1,109 @@
+"""Sentences made of metrics, for the console and the report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from core.config import Config
+from core.metrics import is_evaluation
+
+WAIT_BOUND = 0.4
+LOSS_NOTE = "the loss starts near 0 by construction (ratios near 1, advantages that sum to 0): watch reward and pass@1"
+FAULTS = {
+    "fault/dropped": "completions dropped (their reward failed or timed out); replaced or counted in ledger.json",
+    "fault/rejected": "deliveries rejected; reasons in ledger.json",
+    "fault/skipped_updates": "optimizer updates skipped for a non-finite gradient",
+}
+
+
+def step_text(metrics: Mapping[str, Any], steps: int, eta_s: float) -> str:
+    """One training step in one line."""
+    parts = [f"step {metrics['step']}/{steps}", f"reward {number_text(metrics.get('reward'))}"]
+    parts.append(f"α {metrics['mix/alpha']:.2f} = {metrics['mix/explorer_quota']}+{metrics['mix/learner_quota']}")
+    parts += [f"{name} {number_text(metrics[name])}" for name in ("kl", "entropy") if name in metrics]
+    parts.append(f"{metrics.get('tokens_per_second') or 0:,.0f} tok/s")
+    parts.append(f"{metrics.get('step_time') or 0:.2f} s")
+    return "  ".join([*parts, f"ETA {duration_text(eta_s)}" if metrics["step"] < steps else "done"])
+
+
+def flat_text(metrics: Mapping[str, Any], flat_steps: int) -> str:
+    """What it means that no group has a mixed reward."""
+    fail, succeed = metrics.get("groups/all_fail") or 0.0, metrics.get("groups/all_pass") or 0.0
+    cause = (
+        "the prompts are too hard, or the reward does not read the answers" if fail >= succeed else "they are too easy"
+    )
+    return (
+        f"step {metrics['step']}: every group's rewards are equal ({fail:.0%} all fail, {succeed:.0%} all pass), so "
+        f"nothing is learned{f' for {flat_steps} steps now' if flat_steps > 1 else ''}: {cause}. Look at rollouts/"
+    )
+
+
+def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float) -> list[str]:
+    """From what to what the accuracy went, at what cost, and what the time went to."""
+    evaluations = [line for line in lines if is_evaluation(line)]
+    training = [line for line in lines if not is_evaluation(line)]
+    texts = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        problems = last.get("eval/problems") or config.evaluation.problems
+        size = (
+            f"{problems:.0f} problems x {config.evaluation.samples}" if problems else f"x {config.evaluation.samples}"
+        )
+        gains = [
+            f"{name} {percent_text(first[key])} → {percent_text(last[key])}"
+            for name, key in pass_at_keys(last)
+            if key in first
+        ]
+        texts.append(
+            f"accuracy {gains[0].removeprefix('pass@1 ')} (pass@1, {size})" + "".join(f", {gain}" for gain in gains[1:])
+        )
+    if training:
+        tokens = training[-1].get("num_tokens") or 0
+        texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}")
+        texts += diagnosis(training)
+    return texts
+
+
+def diagnosis(training: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The bottleneck in a sentence, from `time/wait_for_batch`; nothing where it was not measured."""
+    steady = training[1:]
+    total = sum(line.get("step_time") or 0.0 for line in steady)
+    if not total:
+        return []
+    share = sum(line.get("time/wait_for_batch") or 0.0 for line in steady) / total
+    if share < WAIT_BOUND:
+        return [f"{share:.0%} of the time waited for completions: training is the bottleneck"]
+    return [
+        f"{share:.0%} of the time waited for completions: generation is the bottleneck (more rollout.processes or "
+        "explorer.processes, or algorithm.lookahead=1, overlap it)"
+    ]
+
+
+def pass_at_text(metrics: Mapping[str, Any]) -> str:
+    """`pass@1 41.2 %, pass@8 78.1 %`"""
+    return ", ".join(f"{name} {percent_text(metrics[key])}" for name, key in pass_at_keys(metrics))
+
+
+def duration_text(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def pass_at_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and metric of the smallest and the largest k that were evaluated."""
+    keys = sorted((key for key in metrics if key.startswith("eval/pass@")), key=lambda key: int(key.rpartition("@")[2]))
+    return [(key.removeprefix("eval/"), key) for key in dict.fromkeys([keys[0], keys[-1]])]
+
+
+def percent_text(share: float | None) -> str:
+    """`41.2 %`"""
+    return "n/a" if share is None else f"{100 * share:.1f} %"
+
+
+def number_text(value: float | None) -> str:
+    """Three decimals; metrics.jsonl has null where a value was not finite."""
+    return "not finite" if value is None else f"{value:.3f}"
