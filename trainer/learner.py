@@ -1,0 +1,256 @@
+"""π_θ: scores a step's rows, updates on its mini-batches, saves and publishes its weights. Plain data-parallel torch.
+
+Every rank holds the whole model and optimizer and trains its own rows; summed gradients keep the ranks equal.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.config import Config
+from core.schema import Source
+from trainer.batch import MicroBatch, MiniBatch, StepBatch
+from trainer.correction import check_ratio_kinds, correction_of, needs_explorer_scores, needs_old
+from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
+from trainer.models import DTYPES, load_model, load_tokenizer, save_model
+from trainer.objective import Scores, backward, fix_scores, score
+from trainer.optimizer import Optimizer
+from trainer.world import World
+
+STATE_FORMAT = 1
+
+
+class NonFiniteUpdatesError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class Learner:
+    """The model being trained, with its optimizer and the frozen models that its loss needs.
+
+    Example: learner.begin_step(batch); [learner.update(m) for m in batch.updates(epochs)]; metrics = learner.end_step()
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        world: World,
+        *,
+        reference: PreTrainedModel | None,
+        explorer: PreTrainedModel | None,
+    ) -> None:
+        self.config, self.world = config, world
+        self.model, self.tokenizer = model, tokenizer
+        self.reference, self.explorer = reference, explorer
+        self.optimizer = Optimizer(dict(model.named_parameters()), config.learner)
+        self.step = 0  # completed training steps
+        self.skipped_updates = 0
+        self._skipped_in_a_row = 0
+        self._scored: dict[int, tuple[MicroBatch, Scores]] = {}
+        self._visited: set[int] = set()
+        self._tally = Tally()
+        self._updates: list[dict[str, float]] = []
+        self._seconds = {"time/score": 0.0, "time/train": 0.0}
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        *,
+        model_dir: Path,
+        explorer_dir: Path | None,
+        world: World,
+        checkpoint: Path | None = None,
+    ) -> Self:
+        """The learner at its start (`model_dir`), or as a checkpoint directory holds it.
+
+        The reference of the KL penalty is always the model it started from. `explorer_dir` is read only where a
+        correction scores π_ω. ValueError for missing directories, weights that do not fit, or ranks that differ.
+        """
+        check_ratio_kinds(config)
+        torch.manual_seed(config.run.seed)
+        frozen = {"dtype": DTYPES[config.learner.dtype], "device": world.device}
+        model = load_model(checkpoint or model_dir, key="learner.model", **frozen)
+        if config.learner.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        reference = explorer = None
+        if config.loss.kl_coef > 0:
+            reference = load_model(model_dir, key="learner.model", **frozen).requires_grad_(False)
+        if needs_explorer_scores(config.correction):
+            assert explorer_dir is not None, "mixture weights on learner rows need the explorer"
+            explorer = load_model(explorer_dir, key="explorer.model", **frozen).requires_grad_(False)
+        tokenizer = load_tokenizer(model_dir, key="learner.model")
+        learner = cls(config, model, tokenizer, world, reference=reference, explorer=explorer)
+        if checkpoint is not None:
+            learner.load_state(checkpoint / "trainer")
+        world.agree("the configuration", msgspec.json.encode(config).decode())
+        world.agree("the learner's weights", weight_checksum(model))
+        return learner
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Fix π_old, π_ref and π_ω for every row that needs them, before the first update changes π_θ."""
+        start = time.perf_counter()
+        self._visited, self._tally, self._updates = set(), Tally(), []
+        self._scored = {}
+        for mini_batch in batch.mini_batches:
+            for cpu_batch in mini_batch.micro_batches:
+                micro_batch = cpu_batch.to(self.world.device)
+                self._scored[micro_batch.index] = (micro_batch, self._scores(micro_batch))
+        self._seconds = {"time/score": time.perf_counter() - start, "time/train": 0.0}
+
+    def update(self, mini_batch: MiniBatch) -> dict[str, float]:
+        """One optimizer update. Returns its loss, kl, entropy, clip fractions, grad_norm and learning_rate.
+
+        A loss or gradient that is not finite, on any rank, skips the update on all of them and counts it;
+        `learner.max_nonfinite_updates` in a row raise NonFiniteUpdatesError.
+        """
+        start = time.perf_counter()
+        first_visit = mini_batch.micro_batches[0].index not in self._visited
+        self._visited.update(micro_batch.index for micro_batch in mini_batch.micro_batches)
+        loss, norm, sums, maxima = self._accumulate(mini_batch)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": self.optimizer.learning_rate}
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step(norm)
+            self._skipped_in_a_row = 0
+            metrics |= overall_metrics(sums)
+            self._tally.add(sums, maxima, first_visit=first_visit)
+            self._updates.append(metrics)
+        else:
+            self._skip(loss, norm)
+        self._seconds["time/train"] += time.perf_counter() - start
+        return metrics
+
+    def end_step(self) -> dict[str, float]:
+        """Close the step; its metrics over all applied updates, by the names of metrics.jsonl."""
+        self.step += 1
+        self._scored = {}
+        metrics = self._tally.metrics() | self._seconds | {"fault/skipped_updates": float(self.skipped_updates)}
+        for name in ("loss", "grad_norm"):
+            metrics[name] = float(np.mean([update[name] for update in self._updates])) if self._updates else math.nan
+        metrics["learning_rate"] = self._updates[-1]["learning_rate"] if self._updates else 0.0
+        return metrics
+
+    def write_weights(self, file: Path) -> str:
+        """Write the weights as one safetensors file with Hugging Face names, atomically; its SHA-256 in hex."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
+        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.replace(temporary, file)
+        return digest
+
+    def save_model(self, directory: Path) -> None:
+        """Write a directory that transformers and vLLM load: weights, configs, tokenizer."""
+        save_model(self.model, self.tokenizer, directory)
+
+    def save_state(self, directory: Path) -> None:
+        """Write what a resumed run needs besides the model: optimizer moments, fp32 masters, counters, torch's RNG."""
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({**self.optimizer.tensors(), "rng": torch.get_rng_state()}, directory / "optimizer.safetensors")
+        state = {
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "updates": self.optimizer.updates,
+            "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+        (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+
+    def load_state(self, directory: Path) -> None:
+        """Take over what `save_state` wrote, bit for bit; the model's weights are those of the checkpoint's model."""
+        state = json.loads((directory / "state.json").read_text())
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(
+                f"{directory}: learner state of format {state['format']}, this version reads {STATE_FORMAT}"
+            )
+        tensors = load_file(directory / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop("rng"))
+        self.optimizer.restore(tensors, state["updates"])
+        self.step, self.skipped_updates = state["step"], state["skipped_updates"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+
+    def _scores(self, batch: MicroBatch) -> Scores:
+        """The scoring passes that some row of this forward pass, on any rank, asks for."""
+        config, impl = self.config, self.config.learner.kernels
+        old_T = explorer_T = ref_T = None
+        temperature = config.rollout.temperature
+        if any(needs_old(correction_of(config.correction, source)) for source in batch.sources):
+            old_T = score(self.model, batch, temperature=temperature, impl=impl)
+        if self.reference is not None and (config.loss.kl_rows == "all" or Source.LEARNER in batch.sources):
+            ref_T = score(self.reference, batch, temperature=temperature, impl=impl)
+        if self.explorer is not None and Source.LEARNER in batch.sources:
+            explorer_T = score(self.explorer, batch, temperature=config.explorer.temperature, impl=impl)
+        return fix_scores(batch, config, old_T=old_T, explorer_T=explorer_T, ref_T=ref_T)
+
+    def _accumulate(self, mini_batch: MiniBatch) -> tuple[float, float, np.ndarray, np.ndarray]:
+        """Loss, gradient norm and measured sums of the update, over all ranks; one copy to the host."""
+        optimizer = self.optimizer
+        optimizer.zero_gradient()
+        loss = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(2, len(SUMS), dtype=torch.float64, device=self.world.device)
+        maxima = torch.zeros(2, len(MAXIMA), dtype=torch.float64, device=self.world.device)
+        for micro_batch in mini_batch.micro_batches:
+            batch, scores = self._scored[micro_batch.index]
+            outcome = backward(self.model, batch, scores, self.config)
+            optimizer.collect()
+            measured, highest = measure(batch, scores, outcome, self.config.correction)
+            loss += outcome.loss
+            sums += measured
+            maxima = torch.maximum(maxima, highest)
+        self.world.sum_(optimizer.gradient)
+        added = torch.cat([loss, sums.flatten()])
+        self.world.sum_(added)
+        self.world.max_(maxima)
+        return _to_host(added, torch.linalg.vector_norm(optimizer.gradient), maxima)
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.skipped_updates += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.config.learner.max_nonfinite_updates:
+            raise NonFiniteUpdatesError(
+                f"{self._skipped_in_a_row} updates in a row were skipped at step {self.step + 1}: loss {loss}, "
+                f"gradient norm {norm}; lower learner.learning_rate, or look at the rollouts of this step "
+                "(learner.max_nonfinite_updates sets how many are borne)"
+            )
+
+
+def _to_host(added: Tensor, norm: Tensor, maxima: Tensor) -> tuple[float, float, np.ndarray, np.ndarray]:
+    values = torch.cat([added, norm.double()[None], maxima.flatten()]).cpu().numpy()
+    size = len(added)
+    return (
+        float(values[0]),
+        float(values[size]),
+        values[1:size].reshape(2, len(SUMS)),
+        values[size + 1 :].reshape(2, len(MAXIMA)),
+    )
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward; transformers does so only in training mode, so dropout must be 0."""
+    dropout = {name: value for name, value in model.config.to_dict().items() if "dropout" in name and value}
+    if dropout:
+        raise ValueError(
+            f"learner.gradient_checkpointing with a model that drops out: {dropout}; set them to 0 in config.json"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def weight_checksum(model: PreTrainedModel) -> str:
+    """Sums over every parameter, as text: equal weights have equal text."""
+    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
+    return sums.cpu().numpy().tobytes().hex()

@@ -1,0 +1,155 @@
+"""What every update measures, per source, as sums that add over micro-batches, ranks and updates.
+
+Shape suffixes: T packed completion tokens, S sources (explorer, learner), K summed columns, M maximised columns. Sums
+are fp64 tensors on the device until one copy per update; after that, numpy.
+
+Two passes give different numbers, so they are kept apart: clipping and KL are means over all updates; weights, ESS
+and KL to the sampler are those of the first visit to each row; the ratio is that of the first update that holds the
+source.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.config import Correction
+from core.schema import Source
+from trainer.batch import SOURCES, MicroBatch
+from trainer.correction import log_ratio
+from trainer.objective import Outcome, Scores, scored_by_learner
+
+SUMS = (
+    "tokens",  # of all rows
+    "live",  # of rows in the loss
+    "ratio",
+    "low",
+    "high",
+    "region",  # low or high
+    "clipped",  # low, high or dual: no gradient from the ratio
+    "kl_tokens",
+    "kl",
+    "entropy",
+    "weight",
+    "masked",  # tokens whose correction weight is 0
+    "importance",  # w = π/μ, for the effective sample size
+    "importance_squared",
+    "k1",
+    "k3",
+    "gap",  # |log π − log μ|
+)
+MAXIMA = ("ratio", "gap")
+
+
+def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Correction) -> tuple[Tensor, Tensor]:
+    """Sums [S, K] and maxima [S, M] of one backward pass.
+
+    Against the sampler, x ~ μ, with d = log π − log μ:  k1 = −d and k3 = exp(d) − d − 1 both estimate KL(μ‖π). π is
+    π_old where the source's correction scores it, else π_θ of this update.
+    """
+    policy_T = outcome.logprob_T
+    if scores.old_T is not None:
+        policy_T = torch.where(scored_by_learner(correction, batch), scores.old_T, policy_T)
+    d_T = log_ratio(policy_T, batch.sampler_T).double()
+    live_T = batch.token_weight_T != 0
+    weight_T = torch.ones_like(policy_T) if scores.is_weight_T is None else scores.is_weight_T
+    low_T, high_T = outcome.metrics["clipped_low"] != 0, outcome.metrics["clipped_high"] != 0
+    has_kl_T = torch.zeros_like(live_T)
+    if scores.ref_T is not None:
+        has_kl_T = live_T if scores.kl_weight_T is None else live_T & (scores.kl_weight_T != 0)
+    ratio_T = torch.where(live_T, outcome.metrics["ratio"], 0)
+    columns = {
+        "tokens": torch.ones_like(policy_T),
+        "live": live_T,
+        "ratio": ratio_T,
+        "low": live_T & low_T,
+        "high": live_T & high_T,
+        "region": live_T & (low_T | high_T),
+        "clipped": live_T & (low_T | high_T | (outcome.metrics["dual_clipped"] != 0)),
+        "kl_tokens": has_kl_T,
+        "kl": torch.where(has_kl_T, outcome.metrics["kl"], 0),
+        "entropy": outcome.entropy_T,
+        "weight": weight_T,
+        "masked": weight_T == 0,
+        "importance": d_T.exp(),
+        "importance_squared": (2 * d_T).exp(),
+        "k1": -d_T,
+        "k3": d_T.expm1() - d_T,
+        "gap": (policy_T - batch.sampler_T).abs(),
+    }
+    values_KT = torch.stack([columns[name].double() for name in SUMS])
+    maxima_MT = torch.stack([columns[name].double() for name in MAXIMA])
+    of_source_ST = torch.stack([batch.source_T == position for position in range(len(SOURCES))])
+    sums_SK = torch.where(of_source_ST[:, None], values_KT, 0).sum(-1)
+    maxima_SM = torch.where(of_source_ST[:, None], maxima_MT, 0).amax(-1)
+    return sums_SK, maxima_SM
+
+
+class Tally:
+    """One step's sums, by the pass they belong to. All arrays are [S, K] or [S, M], fp64."""
+
+    def __init__(self) -> None:
+        shape, maxima_shape = (len(SOURCES), len(SUMS)), (len(SOURCES), len(MAXIMA))
+        self.every_update, self.first_visit, self.first_update = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self.first_visit_maxima, self.first_update_maxima = np.zeros(maxima_shape), np.zeros(maxima_shape)
+
+    def add(self, sums: np.ndarray, maxima: np.ndarray, *, first_visit: bool) -> None:
+        """Count one update; `first_visit` where its mini-batch trains for the first time in this step."""
+        self.every_update += sums
+        if not first_visit:
+            return
+        unseen = self.first_update[:, SUMS.index("tokens")] == 0
+        self.first_update[unseen], self.first_update_maxima[unseen] = sums[unseen], maxima[unseen]
+        self.first_visit += sums
+        self.first_visit_maxima = np.maximum(self.first_visit_maxima, maxima)
+
+    def metrics(self) -> dict[str, float]:
+        """The step's numbers by the names of metrics.jsonl; a source without rows has none."""
+        metrics = overall_metrics(self.every_update)
+        for position, source in enumerate(SOURCES):
+            every, first, ratio = (
+                dict(zip(SUMS, table[position])) for table in (self.every_update, self.first_visit, self.first_update)
+            )
+            if not every["tokens"]:
+                continue
+            metrics[f"{source}/ratio_mean"] = _mean(ratio["ratio"], ratio["live"])
+            metrics[f"{source}/ratio_max"] = float(self.first_update_maxima[position, MAXIMA.index("ratio")])
+            metrics[f"{source}/clip_fraction"] = _mean(every["clipped"], every["live"])
+            metrics |= {f"{source}/{name}": value for name, value in _against_sampler(first).items()}
+        learner = SOURCES.index(Source.LEARNER)
+        gap = dict(zip(SUMS, self.first_visit[learner]))
+        if gap["tokens"]:
+            largest = float(self.first_visit_maxima[learner, MAXIMA.index("gap")])
+            metrics["sampling/sampling_logp_difference/mean"] = _mean(gap["gap"], gap["tokens"])
+            metrics["sampling/sampling_logp_difference/max"] = largest
+        return metrics
+
+
+def overall_metrics(sums_SK: np.ndarray) -> dict[str, float]:
+    """KL, entropy and clip fractions over all sources."""
+    total = dict(zip(SUMS, sums_SK.sum(0)))
+    return {
+        "kl": _mean(total["kl"], total["kl_tokens"]),
+        "entropy": _mean(total["entropy"], total["tokens"]),
+        "clip_ratio/low_mean": _mean(total["low"], total["live"]),
+        "clip_ratio/high_mean": _mean(total["high"], total["live"]),
+        "clip_ratio/region_mean": _mean(total["region"], total["live"]),
+    }
+
+
+def _against_sampler(first: Mapping[str, float]) -> dict[str, float]:
+    """ESS = (Σw)² / (n Σw²) as a fraction of n tokens, KL estimates and weights."""
+    count = first["tokens"]
+    spread = count * first["importance_squared"]
+    return {
+        "ess": _mean(first["importance"] ** 2, spread),
+        "kl_k1": _mean(first["k1"], count),
+        "kl_k3": _mean(first["k3"], count),
+        "masked_fraction": _mean(first["masked"], count),
+        "weight_mean": _mean(first["weight"], count),
+    }
+
+
+def _mean(total: float, count: float) -> float:
+    return float(total / count) if count else 0.0
