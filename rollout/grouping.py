@@ -63,8 +63,8 @@ def with_advantages(prompt: Prompt, slot: int, rows: Rows, algorithm: Algorithm)
     rewards = np.array([row.reward for row in rows])
     labels = np.zeros(len(rows), dtype=int)
     if algorithm.baseline == "source":
-        is_learner = np.array([row.completion.key.source is Source.LEARNER for row in rows])
-        advantages = source_baseline_advantages(rewards, labels, is_learner, scale=algorithm.advantage_scale)
+        is_explorer = np.array([row.completion.key.source is Source.EXPLORER for row in rows])
+        advantages = source_baseline_advantages(rewards, labels, is_explorer, scale=algorithm.advantage_scale)
     else:
         advantages = group_advantages(rewards, labels, scale=algorithm.advantage_scale)
     step = rows[0].completion.key.step

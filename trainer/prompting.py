@@ -1,6 +1,7 @@
 """From questions to prompts: render, tokenise, and keep those that fit."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ def to_prompt(question: Question, config: Config, tokenizer: PreTrainedTokenizer
     )
 
 
-def stop_tokens(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_tokens(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that end a completion: the tokenizer's EOS and those of the model's generation_config."""
     stops: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     try:

@@ -33,14 +33,19 @@ class RunDirectory:
         self.path = Path(config.run.dir).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = hold(self.path)
+        try:
+            self._claim(config, resume=resume, clean=clean)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, config: Config, *, resume: bool, clean: bool) -> None:
         holds_run = (self.path / CONFIG_FILE).exists()
-        foreign = [entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE]
+        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE)
         if resume and not holds_run:
             raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
         if foreign and not holds_run:
-            raise ConfigError(
-                f"run.dir: {self.path} holds other files ({', '.join(sorted(foreign)[:3])} …); choose another"
-            )
+            raise ConfigError(f"run.dir: {self.path} holds other files ({', '.join(foreign[:3])} …); choose another")
         if holds_run and clean:
             empty(self.path)
         elif holds_run and not resume:

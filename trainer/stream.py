@@ -1,5 +1,6 @@
 """The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class Rollouts:
 
     def report(self) -> dict[str, Any]:
         """The ledger, checked against what buffer and workers hold."""
-        return self.pool.quiet(lambda in_flight: self.ledger.report(resident=self.buffer.resident(), in_flight=in_flight))
+        return self.pool.quiet(
+            lambda in_flight: self.ledger.report(resident=self.buffer.resident(), in_flight=in_flight)
+        )
 
     def metrics(self) -> dict[str, float]:
         """Gauges of the stream for a training line."""
@@ -106,6 +109,7 @@ class GroupStream:
 
     def __init__(self, world: World, rollouts: Rollouts | None) -> None:
         self.world, self.rollouts = world, rollouts
+        self.seconds = {"time/wait_for_batch": 0.0, "time/publish": 0.0}  # of the last step
 
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; asking again does nothing."""
@@ -114,15 +118,20 @@ class GroupStream:
 
     def collect(self, step: int) -> tuple[Group, ...]:
         """The groups of `step`, each with exactly its quota."""
-        if self.world.size == 1 and self.rollouts is not None:
-            return self.rollouts.mixer.collect(step)
-        payload = None if self.rollouts is None else msgspec.msgpack.encode(self.rollouts.mixer.collect(step))
-        return msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
+        start = time.monotonic()
+        groups = () if self.rollouts is None else self.rollouts.mixer.collect(step)
+        if self.world.size > 1:
+            payload = None if self.rollouts is None else msgspec.msgpack.encode(groups)
+            groups = msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
+        self.seconds["time/wait_for_batch"] = time.monotonic() - start
+        return groups
 
     def publish(self, learner: Learner) -> None:
         """Give the rollout workers the learner's weights."""
+        start = time.monotonic()
         if self.rollouts is not None:
             self.rollouts.publish(learner)
+        self.seconds["time/publish"] = time.monotonic() - start
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""

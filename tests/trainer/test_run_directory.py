@@ -1,0 +1,74 @@
+"""A run directory is one run's, and is never overwritten without being told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from core.config import Algorithm, Config, Run
+from core.configkeys import ConfigError
+from trainer.run_directory import RunDirectory
+
+
+def config(path: Path, steps: int = 80, group_size: int = 8) -> Config:
+    return Config(run=Run(dir=str(path)), algorithm=Algorithm(steps=steps, group_size=group_size))
+
+
+def test_a_second_start_counts_and_keeps_the_run_id(tmp_path: Path) -> None:
+    first = RunDirectory(config(tmp_path / "run"), resume=False, clean=False)
+    first.close()
+    second = RunDirectory(config(tmp_path / "run"), resume=True, clean=False)
+    second.close()
+    assert (first.run_id, first.incarnation, second.incarnation) == (second.run_id, 1, 2)
+
+
+def test_a_directory_that_holds_a_run_is_refused_with_both_remedies(tmp_path: Path) -> None:
+    RunDirectory(config(tmp_path), resume=False, clean=False).close()
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--clean"):
+        RunDirectory(config(tmp_path), resume=False, clean=False)
+
+
+def test_clean_deletes_the_run_and_nothing_but_runs(tmp_path: Path) -> None:
+    RunDirectory(config(tmp_path / "run"), resume=False, clean=False).close()
+    (tmp_path / "run" / "rollouts" / "old.parquet").write_text("x")
+    RunDirectory(config(tmp_path / "run"), resume=False, clean=True).close()
+    assert not (tmp_path / "run" / "rollouts" / "old.parquet").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds other files \(chapter.tex"):
+        RunDirectory(config(tmp_path / "thesis"), resume=False, clean=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_two_processes_cannot_hold_one_directory_and_a_dead_one_lets_go(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from trainer.run_directory import hold; "
+        "hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
+            RunDirectory(config(tmp_path), resume=False, clean=False)
+        os.kill(other.pid, signal.SIGKILL)
+    RunDirectory(config(tmp_path), resume=False, clean=False).close()
+    assert json.loads((tmp_path / "run.json").read_text())["incarnation"] == 1
+
+
+def test_resume_refuses_another_computation_and_allows_another_machine(tmp_path: Path) -> None:
+    RunDirectory(config(tmp_path), resume=False, clean=False).close()
+    with pytest.raises(ConfigError, match="algorithm.group_size: 8 → 16"):
+        RunDirectory(config(tmp_path, group_size=16), resume=True, clean=False)
+    longer = msgspec.structs.replace(config(tmp_path, steps=100), run=Run(dir=str(tmp_path), threads=4))
+    RunDirectory(longer, resume=True, clean=False).close()
+    assert json.loads((tmp_path / "config.resolved.json").read_text())["algorithm"]["steps"] == 100
+
+
+def test_resume_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        RunDirectory(config(tmp_path), resume=True, clean=False)

@@ -1,0 +1,62 @@
+"""What a run is made of, before anything moves: model directories, tokenizer, prompts, and the demand for completions."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from core.config import Config
+from core.configcheck import EMBEDDED, explorer_needed
+from core.prompts import PromptSchedule
+from core.schema import Prompt
+from rollout.demand import Demand
+from trainer.console import Console
+from trainer.family import default_cache_root, embedded_family
+from trainer.models import check_same_tokenizer, load_tokenizer
+from trainer.prompting import held_out, load_prompts, stop_tokens
+from trainer.world import World
+
+
+class Materials(NamedTuple):
+    """Read-only inputs of a run, the same on every rank."""
+
+    learner_dir: Path
+    explorer_dir: Path | None  # None where the schedule never asks for an explorer
+    demand: Demand
+    eval_prompts: list[Prompt]
+    decode: Callable[[Sequence[int]], str]
+    report: list[str]  # what was read, mapped, removed and filtered
+
+
+def load_materials(config: Config, world: World, console: Console) -> Materials:
+    """Make or find the models, check that they fit together, and lay out the prompts of every step."""
+    learner_dir, explorer_dir = model_directories(config, world, console)
+    if explorer_dir is not None:
+        check_same_tokenizer(learner_dir, explorer_dir)
+    tokenizer = load_tokenizer(learner_dir, key="learner.model")
+    prompts, report = load_prompts(config, "train", tokenizer)
+    eval_prompts: list[Prompt] = []
+    if config.data.eval:
+        eval_prompts, eval_report = load_prompts(config, "eval", tokenizer)
+        eval_prompts = held_out(eval_prompts, config.evaluation.problems)
+        report += eval_report
+    schedule = PromptSchedule(prompts, seed=config.run.seed, per_step=config.algorithm.prompts_per_step)
+    demand = Demand(config, schedule, stop_tokens(learner_dir, tokenizer))
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return Materials(learner_dir, explorer_dir, demand, eval_prompts, decode, report)
+
+
+def model_directories(config: Config, world: World, console: Console) -> tuple[Path, Path | None]:
+    """Where π_θ and π_ω lie. Rank 0 makes the embedded family first if it is asked for and not cached."""
+    wants_explorer = explorer_needed(config) or config.correction.learner.weight == "mixture"
+    embedded = config.learner.model.startswith(EMBEDDED)
+    if embedded and world.is_main:
+        embedded_family(default_cache_root(), config.run.seed, on_progress=console.progress)
+    if embedded:
+        # Making it may take longer than a collective waits on a busy machine.
+        world.barrier("the embedded models", timeout_s=1800.0)
+        family = embedded_family(default_cache_root(), config.run.seed)
+        return family.learner, family.explorer if wants_explorer else None
+    return Path(config.learner.model), Path(config.explorer.model) if wants_explorer else None
