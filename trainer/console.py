@@ -102,7 +102,7 @@ class Console:
         self._step_times.append(metrics.get("step_time") or 0.0)
         self._wait, self._printed_wait_s = "", 0.0
         text = step_text(metrics, self._steps, self._eta_s(step))
-        self._status = f"{_bar(step, self._steps)} {text}"
+        self._status = f"{_bar(step, self._steps)} {step_text(metrics, self._steps, self._eta_s(step), brief=True)}"
         stride = -(-self._steps // PRINTED_STEPS)
         if self._live is None and (step % stride == 0 or step in (1, self._steps)):
             self.say(text)
@@ -128,7 +128,7 @@ class Console:
 
     def _line(self) -> Text:
         parts = [part for part in (self._status, self._wait) if part]
-        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        return Text("\n".join(parts), no_wrap=True, overflow="ellipsis")
 
     def _eta_s(self, step: int) -> float:
         """Mean of the last steps, without the first one, which warms up."""
@@ -150,6 +150,6 @@ class Console:
             self._faults[name] = count
 
 
-def _bar(done: int, total: int, width: int = 20) -> str:
+def _bar(done: int, total: int, width: int = 10) -> str:
     filled = width * done // max(total, 1)
     return "━" * filled + "╌" * (width - filled)

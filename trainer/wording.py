@@ -15,13 +15,14 @@ FAULTS = {
 }
 
 
-def step_text(metrics: Mapping[str, Any], steps: int, eta_s: float) -> str:
-    """One training step in one line."""
+def step_text(metrics: Mapping[str, Any], steps: int, eta_s: float, *, brief: bool = False) -> str:
+    """One training step in one line; `brief` fits 80 columns beside a bar."""
     parts = [f"step {metrics['step']}/{steps}", f"reward {number_text(metrics.get('reward'))}"]
     parts.append(f"α {metrics['mix/alpha']:.2f} = {metrics['mix/explorer_quota']}+{metrics['mix/learner_quota']}")
-    parts += [f"{name} {number_text(metrics[name])}" for name in ("kl", "entropy") if name in metrics]
+    parts += [f"{name} {number_text(metrics[name])}" for name in ("kl", "entropy") if name in metrics and not brief]
     parts.append(f"{metrics.get('tokens_per_second') or 0:,.0f} tok/s")
-    parts.append(f"{metrics.get('step_time') or 0:.2f} s")
+    if not brief:
+        parts.append(f"{metrics.get('step_time') or 0:.2f} s")
     return "  ".join([*parts, f"ETA {duration_text(eta_s)}" if metrics["step"] < steps else "done"])
 
 
