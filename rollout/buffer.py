@@ -138,9 +138,9 @@ class ReplayBuffer:
             self._error = error
             self._changed.notify_all()
 
-    def has_room(self, leased_bytes: int) -> bool:
-        """Whether work ahead of the trainer may still be granted, given the bytes already leased out."""
-        return self.num_bytes + leased_bytes < self.max_bytes
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether that much more fits. Leases already out are not reserved for: a worker's credit bounds those."""
+        return self.num_bytes + num_bytes <= self.max_bytes
 
     def resident(self) -> dict[Source, int]:
         """Completions inside, by source."""

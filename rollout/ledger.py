@@ -1,55 +1,58 @@
 """Where every completion went. Promise 1 of the README: nothing is lost or trained twice without a count.
 
-produced = inserted + rejected (by reason) + in flight
-inserted = trained  + dropped  (by reason) + resident
+    produced = inserted + rejected (by reason) + in flight
+    inserted = trained  + dropped  (by reason) + resident
+
+The pool counts what workers produced, what it refused and what is on its way; the buffer knows what is resident; the rest
+is counted here. Three counters that are kept apart, so the equations can fail.
 """
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from core.schema import Source
 
 
 class Account:
-    """Counts of one source's training completions."""
+    """Counts of one source's training completions. `past` is what earlier starts of the run produced and rejected."""
 
     def __init__(self) -> None:
-        self.produced = 0  # by workers, as their heartbeats and deliveries report
         self.inserted = 0
         self.trained = 0
-        self.replaced = 0  # further samples asked for in place of dropped ones; not part of either equation
+        self.replaced = 0  # further samples asked for in place of dropped ones; in neither equation
         self.rejected: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
+        self.past_produced = 0
 
-    def report(self) -> dict[str, Any]:
-        """The account with what follows from its two equations."""
+    def report(self, pool: Mapping[str, Any], resident: int) -> dict[str, Any]:
+        """The account, closed with the pool's counts of this start and the buffer's residents."""
+        rejected = self.rejected + Counter(pool["rejected"]) + Counter(lost_with_worker=pool["lost"])
+        produced = self.past_produced + pool["produced"] - pool["accepted"].get("eval", 0)
         return {
-            "produced": self.produced,
+            "produced": produced,
             "inserted": self.inserted,
-            "rejected": dict(sorted(self.rejected.items())),
-            "in_flight": self.produced - self.inserted - self.rejected.total(),
+            "rejected": dict(sorted((+rejected).items())),
+            "in_flight": pool["in_flight"],
             "trained": self.trained,
             "dropped": dict(sorted(self.dropped.items())),
-            "resident": self.inserted - self.trained - self.dropped.total(),
+            "resident": resident,
             "replaced": self.replaced,
+            "conserved": produced == self.inserted + rejected.total() + pool["in_flight"]
+            and self.inserted == self.trained + self.dropped.total() + resident,
         }
 
 
 class Ledger:
     """Accounts of both sources; safe from any thread.
 
-    Example: ledger.inserted(Source.EXPLORER); ledger.report(resident={...}, in_flight={...})["conserved"]
+    Example: ledger.insert(Source.EXPLORER); ledger.report(pool.counters()["sources"], buffer.resident())["conserved"]
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._accounts = {source: Account() for source in Source}
-
-    def produce(self, source: Source, count: int = 1) -> None:
-        """Workers finished `count` more completions."""
-        with self._lock:
-            self._accounts[source].produced += count
 
     def insert(self, source: Source) -> None:
         """One entered the replay buffer."""
@@ -57,7 +60,7 @@ class Ledger:
             self._accounts[source].inserted += 1
 
     def reject(self, source: Source, reason: str) -> None:
-        """One never entered the buffer."""
+        """One was let in by the pool and turned away by the buffer."""
         with self._lock:
             self._accounts[source].rejected[reason] += 1
 
@@ -86,24 +89,22 @@ class Ledger:
                 "fault/replaced": sum(account.replaced for account in accounts),
             }
 
-    def report(self, *, resident: dict[Source, int], in_flight: dict[Source, int]) -> dict[str, Any]:
-        """Both accounts, and whether what the equations imply is what buffer and workers really hold."""
+    def report(self, pool: Mapping[str, Mapping[str, Any]], resident: Mapping[Source, int]) -> dict[str, Any]:
+        """Both accounts; `conserved` where both equations of both hold."""
         with self._lock:
-            report: dict[str, Any] = {source.value: account.report() for source, account in self._accounts.items()}
-        report["conserved"] = all(
-            report[source.value]["resident"] == resident[source]
-            and report[source.value]["in_flight"] == in_flight[source]
-            for source in Source
-        )
-        return report
+            report = {
+                source: account.report(pool[source], resident[source]) for source, account in self._accounts.items()
+            }
+        return {**report, "conserved": all(account["conserved"] for account in report.values())}
 
-    def restore(self, report: dict[str, Any]) -> None:
-        """Continue the accounts of a checkpoint. What was in flight then is gone: it is counted and made again."""
+    def restore(self, report: Mapping[str, Any]) -> None:
+        """Continue the accounts of a checkpoint. What was in flight then is gone: it is counted, and made again."""
         with self._lock:
             for source, account in self._accounts.items():
-                saved = report[source.value]
-                account.produced, account.inserted = saved["produced"], saved["inserted"]
+                saved = report[source]
+                account.past_produced, account.inserted = saved["produced"], saved["inserted"]
                 account.trained, account.replaced = saved["trained"], saved["replaced"]
-                account.rejected, account.dropped = Counter(saved["rejected"]), Counter(saved["dropped"])
+                account.dropped = Counter(saved["dropped"])
+                account.rejected = Counter(saved["rejected"])
                 if saved["in_flight"]:
                     account.rejected["in_flight_at_restart"] += saved["in_flight"]

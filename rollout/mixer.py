@@ -46,7 +46,7 @@ class Mixer:
         ledger: Ledger,
         *,
         decode: Callable[[Sequence[int]], str],
-        on_wait: Callable[[str], None],
+        on_wait: Callable[[str, float], None],
     ) -> None:
         self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
         self._decode, self._on_wait = decode, on_wait
@@ -66,6 +66,11 @@ class Mixer:
             for ahead in range(self._requested[source] + 1, last + 1):
                 self.pool.submit([lease for lease in self.demand.leases(source, ahead) if not self._complete(lease)])
             self._requested[source] = max(self._requested[source], last)
+
+    @property
+    def wanted_step(self) -> int:
+        """The last step that the trainer itself, and not only the explorers' head start, asked for."""
+        return self._requested[Source.LEARNER]
 
     def receive(self, purpose: str, completion: Completion) -> None:
         """A validated completion arrived (called on the pool's thread)."""
@@ -136,10 +141,10 @@ class Mixer:
             left, now = missing(), time.monotonic()
             if left < best:
                 best, since = left, now
-            waiting = f"{what} waits for {left} completions: {self.pool.waiting_for()}"
+            waiting = f"{left} completions of {what}: {self.pool.waiting_for()}"
             if now - since > limit_s:
-                raise Starved(f"{waiting}. None arrived for {now - since:.0f} s (stream.starvation_s = {limit_s:g})")
-            self._on_wait(waiting)
+                raise Starved(f"waited {now - since:.0f} s (stream.starvation_s) for {waiting}")
+            self._on_wait(waiting, now - since)
 
     def _submit(self, ticket: Ticket, completion: Completion, prompt: Prompt) -> None:
         tokens = completion.tokens.tolist()

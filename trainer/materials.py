@@ -1,4 +1,4 @@
-"""What a run is made of, before anything moves: model directories, tokenizer, prompts, and the demand for completions."""
+"""What a run is made of, before anything moves: models, tokenizer, prompts, and the demand for completions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import NamedTuple
 from core.config import Config
 from core.configcheck import EMBEDDED, explorer_needed
 from core.prompts import PromptSchedule
-from core.schema import Prompt
+from core.schema import Prompt, Source
 from rollout.demand import Demand
+from rollout.fingerprint import fingerprints
+from rollout.roster import RoleTerms
 from trainer.console import Console
 from trainer.family import default_cache_root, embedded_family
-from trainer.models import check_same_tokenizer, load_tokenizer
+from trainer.models import check_same_tokenizer, load_tokenizer, vocab_size
 from trainer.prompting import held_out, load_prompts, stop_tokens
 from trainer.world import World
 
@@ -53,10 +55,28 @@ def model_directories(config: Config, world: World, console: Console) -> tuple[P
     wants_explorer = explorer_needed(config) or config.correction.learner.weight == "mixture"
     embedded = config.learner.model.startswith(EMBEDDED)
     if embedded and world.is_main:
-        embedded_family(default_cache_root(), config.run.seed, on_progress=console.progress)
+
+        def show(text: str, fraction: float) -> None:
+            console.progress(text, round(100 * fraction), 100)
+
+        embedded_family(default_cache_root(), config.run.seed, on_progress=show)
     if embedded:
         # Making it may take longer than a collective waits on a busy machine.
         world.barrier("the embedded models", timeout_s=1800.0)
         family = embedded_family(default_cache_root(), config.run.seed)
         return family.learner, family.explorer if wants_explorer else None
     return Path(config.learner.model), Path(config.explorer.model) if wants_explorer else None
+
+
+def role_terms(materials: Materials) -> dict[Source, RoleTerms]:
+    """What workers of each role must run; learner rollouts are sent their weights, so only their tokenizer is fixed."""
+    directories = {Source.LEARNER: materials.learner_dir, Source.EXPLORER: materials.explorer_dir}
+    return {
+        source: RoleTerms(
+            model_dir=directory,
+            fingerprints=fingerprints(directory, weights=source is Source.EXPLORER),
+            vocab_size=vocab_size(directory, key=f"{source}.model"),
+        )
+        for source, directory in directories.items()
+        if directory is not None
+    }

@@ -23,7 +23,7 @@ from trainer.checkpoint import newest_checkpoint, write_checkpoint
 from trainer.console import Console
 from trainer.evaluate import summarise
 from trainer.learner import Learner
-from trainer.materials import load_materials
+from trainer.materials import load_materials, role_terms
 from trainer.report import write_report
 from trainer.run_directory import RunDirectory, write_atomic
 from trainer.step_metrics import group_metrics
@@ -180,12 +180,12 @@ class Session:
         rollouts = self.stream.rollouts
         assert rollouts is not None
 
-        def write(directory: Path) -> None:
-            self.learner.save_model(directory)
-            self.learner.save_state(directory / "trainer")
-            rollouts.save(directory / "trainer")
-
-        write_checkpoint(self.path / "checkpoints", step, write, keep=self.config.checkpoint.keep)
+        parts = {
+            "model": self.learner.save_model,
+            "optimizer": lambda directory: self.learner.save_state(directory / "trainer"),
+            "rollouts": lambda directory: rollouts.save(directory / "trainer"),
+        }
+        write_checkpoint(self.path / "checkpoints", step, parts, keep=self.config.checkpoint.keep)
         write_atomic(self.path / "ledger.json", json.dumps(rollouts.report(), indent=1))
 
     def _conclude(self) -> None:

@@ -12,8 +12,10 @@ from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.demand import Demand
 from rollout.ledger import Ledger
+from rollout.messages import Lease
 from rollout.mixer import Mixer
-from rollout.pool import RoleTerms, WorkerPool
+from rollout.pool import WorkerPool
+from rollout.roster import RoleTerms
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
 from trainer.world import World
@@ -32,20 +34,18 @@ class Rollouts:
         terms: dict[Source, RoleTerms],
         *,
         decode: Callable[[Sequence[int]], str],
-        on_wait: Callable[[str], None],
+        on_wait: Callable[[str, float], None],
     ) -> None:
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
             config,
-            run_dir=directory.path,
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
-            ledger=self.ledger,
             on_completion=self._receive,
-            has_room=self.buffer.has_room,
+            may_grant=self._may_grant,
         )
         self.mixer = Mixer(config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait)
         for source, processes in ((Source.EXPLORER, self._explorers()), (Source.LEARNER, config.rollout.processes)):
@@ -96,6 +96,10 @@ class Rollouts:
         """Explorers to start: none where the schedule never asks for one."""
         steps = range(1, self.config.algorithm.steps + 1)
         return self.config.explorer.processes if any(self.demand.quota(step).explorer for step in steps) else 0
+
+    def _may_grant(self, lease: Lease) -> bool:
+        """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
+        return lease.purpose == "eval" or lease.step <= self.mixer.wanted_step or self.buffer.has_room(lease.max_bytes)
 
     def _receive(self, purpose: str, completion: Completion) -> None:
         self.mixer.receive(purpose, completion)
