@@ -3,8 +3,8 @@
     produced = inserted + rejected (by reason) + in flight
     inserted = trained  + dropped  (by reason) + resident
 
-The pool counts what workers produced, what it refused and what is on its way; the buffer knows what is resident; the rest
-is counted here. Three counters that are kept apart, so the equations can fail.
+The pool counts what workers produced, what it refused and what is on its way; the buffer knows what is resident; the
+rest is counted here. Three counters that are kept apart, so the equations can fail.
 """
 
 import threading

@@ -137,6 +137,10 @@ class GroupStream:
             self.rollouts.publish(learner)
         self.seconds["time/publish"] = time.monotonic() - start
 
+    def metrics(self) -> dict[str, float]:
+        """Waiting times and gauges of the last step."""
+        return self.seconds | ({} if self.rollouts is None else self.rollouts.metrics())
+
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""
         return [] if self.rollouts is None else self.rollouts.mixer.evaluate(step, prompts)

@@ -1,0 +1,78 @@
+"""What a run writes down while it goes (rank 0): metrics, rollouts, trace, ledger, and at the end the report."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.anneal import Quota
+from core.metrics import RunLog, is_evaluation, read_metrics
+from core.schema import Group
+from rollout.store import write_rollouts
+from trainer.console import Console
+from trainer.report import write_report
+from trainer.run_directory import write_atomic
+from trainer.step_metrics import group_metrics
+from trainer.trace import Tracer
+
+
+class Recorder:
+    """Files of a run directory, and the console beside them. `resume_step` cuts back what a killed run wrote later."""
+
+    def __init__(self, path: Path, console: Console, resume_step: int | None) -> None:
+        self.path, self.console = path, console
+        self.log = RunLog(path, resume_step=resume_step)
+        self.tracer = Tracer(path, resume=resume_step is not None)
+        self._total_tokens = 0
+        if resume_step:
+            steps = [line for line in read_metrics(path) if not is_evaluation(line)]
+            self._total_tokens = steps[-1]["num_tokens"]
+        self._began_s = time.monotonic()
+
+    def begin(self) -> None:
+        """The clock of the next step starts."""
+        self._began_s = time.monotonic()
+
+    def step(self, step: int, groups: Sequence[Group], quota: Quota, metrics: Mapping[str, float]) -> None:
+        """A step trained: its line, its rows and its spans."""
+        seconds = time.monotonic() - self._began_s
+        tokens = sum(len(row.completion.tokens) for group in groups for row in group.rows)
+        self._total_tokens += tokens
+        throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
+        line = {"step": step, **group_metrics(groups, quota, step), **metrics, **throughput}
+        self.console.step(self.log.write(line))
+        write_rollouts(self.path, step, groups)
+        self._trace_leases(step, groups)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out results after `step`."""
+        self.console.evaluation(self.log.write({"step": step, **metrics}))
+
+    def ledger(self, report: Mapping[str, Any]) -> None:
+        """The accounts, and a loud line where they do not add up."""
+        write_atomic(self.path / "ledger.json", json.dumps(report, indent=1))
+        if not report["conserved"]:
+            self.console.warn("the ledger does not add up: completions were lost or counted twice; see ledger.json")
+
+    def conclude(self) -> None:
+        """The report, and the console's last words."""
+        self.tracer.flush()
+        self.console.finish(read_metrics(self.path), report=write_report(self.path), model=self.path / "model")
+
+    def close(self) -> None:
+        """Close the files."""
+        self.tracer.close()
+        self.log.close()
+
+    def _trace_leases(self, step: int, groups: Sequence[Group]) -> None:
+        """One span per lease that the step's completions came from, on the track of its worker."""
+        ends: dict[tuple[str, float], float] = defaultdict(float)
+        for group in groups:
+            for row in group.rows:
+                lease = row.completion.worker, row.completion.started_s
+                ends[lease] = max(ends[lease], row.completion.finished_s)
+        for (worker, started_s), finished_s in ends.items():
+            self.tracer.add(worker, "generate", f"for step {step}", started_s, finished_s, {"step": step})
+        self.tracer.flush()
