@@ -1,16 +1,20 @@
 """What workers and the trainer say to each other. Strict msgspec; one tagged union for each direction.
 
     worker                                   trainer (rollout.pool)
-      Join(schema, role)            →
-                                    ←   Welcome(run, model, sampling, limits)  or  Refused(reason)
-      Hello(run, fingerprints)      →
+      Join(role)                    →       repeated until answered
+                                    ←   Welcome(run, model, limits)  or  Refused(reason)
+      Hello(fingerprints)           →       repeated until answered
                                     ←   Weights(version, file)  learner rollouts only, before any lease that needs it
                                     ←   Grant(lease)            while the worker's credit lasts
-      Deliver(seq, completion)      →   (kept in the worker's outbox until acknowledged)
-                                    ←   Acknowledge(seqs)
-      LeaseDone(lease)              →
-      Heartbeat(progress)           →   (tokens drawn so far: a worker that hangs stops counting)
-                                    ←   Stop(reason)
+      Deliver(seq, completion)      →       kept in the worker's outbox until acknowledged
+      Heartbeat(beat, …)            →
+                                    ←   Acknowledge(seqs, beat) answers every delivery and every heartbeat
+                                    ←   Stop(reason)            or Rejoin(reason), where the worker is not known
+      Leave(reason)                 →
+
+Messages of one link keep their order but may get lost, so every fact is repeated until it holds. A worker that sees
+beat b acknowledged sends again what it delivered before b and has no acknowledgement for. A heartbeat names the leases
+and the weights version the worker has: the trainer grants a missing lease again and repeats missing weights.
 """
 
 from typing import Annotated, Literal
@@ -20,32 +24,39 @@ from msgspec import Meta
 
 from core.schema import Completion, Sampling, Source
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # in the header of every frame (rollout.frame)
+
+Name = Annotated[str, Meta(min_length=1, max_length=120)]
+Text = Annotated[str, Meta(max_length=4000)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True, gc=False):
-    """A frame's payload."""
+    """A part of a frame."""
 
 
-class Join(Message, kw_only=True):
-    """A worker asks what to do. `worker` is its name, fresh for each incarnation (name plus random epoch)."""
+class Join(Message, frozen=True, kw_only=True):
+    """A worker asks what to do. `worker` is its name, fresh for each session (name plus random epoch)."""
 
-    schema_version: int
-    worker: Annotated[str, Meta(min_length=1, max_length=120)]
+    worker: Name
     role: Source
-    pid: int
+    pid: Count
+    host: Name
 
 
-class Welcome(Message, kw_only=True):
+class Welcome(Message, frozen=True, kw_only=True):
     """The run's terms: what to load and how to behave."""
 
     run_id: str
     incarnation: int  # counts the trainer's starts of this run; leases of an earlier one are void
     model: str  # Hugging Face directory; a worker on another host may override the path, not the content
     engine: str
-    threads: int
+    device: str
+    dtype: str
     heartbeat_s: float
     liveness_s: float
+    silence_s: float  # without an answer for so long, a worker that the trainer started exits
+    window: int  # largest distance of a new delivery's seq from the oldest unacknowledged one
     max_frame_bytes: int
 
 
@@ -56,17 +67,18 @@ class Fingerprints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: str
 
 
-class Hello(Message, kw_only=True):
+class Hello(Message, frozen=True, kw_only=True):
     """The worker is loaded. The trainer grants leases only if the fingerprints are its own."""
 
-    run_id: str
-    incarnation: int
     fingerprints: Fingerprints
     vocab_size: int
 
 
 class LeaseItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """One prompt of a lease: `samples[i]` is drawn with `seeds[i]`."""
+    """One prompt of a lease: `samples[i]` is drawn with `seeds[i]`.
+
+    Example: LeaseItem(slot=17, prompt_uid="7f3a", prompt_bytes=pack_tokens((8, 5)), samples=(0, 1), seeds=(11, 12))
+    """
 
     slot: int
     prompt_uid: str
@@ -74,14 +86,21 @@ class LeaseItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
     samples: tuple[int, ...]
     seeds: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.seeds) or len(set(self.samples)) != len(self.samples):
+            raise ValueError(f"slot {self.slot}: samples {self.samples} need to be distinct, with one seed each")
+
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A unit of work, generated as one batch, so that its completions do not depend on which worker takes it or when.
 
     `purpose`: `train` completions go to the replay buffer, `eval` ones to whoever asked.
+
+    Example: Lease(lease_id="train/explorer/3/0", purpose="train", source=Source.EXPLORER, step=3, version=0,
+                   sampling=Sampling(...), items=(LeaseItem(...),))
     """
 
-    lease_id: str  # unique within an incarnation
+    lease_id: Name  # unique within an incarnation
     purpose: Literal["train", "eval"]
     source: Source
     step: int
@@ -95,13 +114,13 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return sum(len(item.samples) for item in self.items)
 
 
-class Grant(Message, kw_only=True):
-    """Work."""
+class Grant(Message, frozen=True, kw_only=True):
+    """Work. A worker that already has the lease ignores it."""
 
     lease: Lease
 
 
-class Weights(Message, kw_only=True):
+class Weights(Message, frozen=True, kw_only=True):
     """New learner weights: load them before any lease that asks for `version`."""
 
     version: int
@@ -109,46 +128,57 @@ class Weights(Message, kw_only=True):
     sha256: str
 
 
-class Deliver(Message, kw_only=True):
-    """One completion. `seq` counts the worker's deliveries from 1; resent until acknowledged."""
+class Deliver(Message, frozen=True, kw_only=True):
+    """One completion. `seq` counts the worker's deliveries from 1; sent again until acknowledged."""
 
-    seq: Annotated[int, Meta(ge=1)]
-    incarnation: int
-    lease_id: str
+    seq: Annotated[int, Meta(ge=1, le=2**62)]
+    lease_id: Name
     purpose: Literal["train", "eval"]
     completion: Completion
 
 
-class LeaseDone(Message, kw_only=True):
-    """All completions of a lease were delivered (not necessarily acknowledged)."""
-
-    lease_id: str
-
-
-class Acknowledge(Message, kw_only=True):
-    """The trainer has these deliveries (inserted, or rejected for good); the outbox may forget them."""
+class Acknowledge(Message, frozen=True, kw_only=True):
+    """The trainer has these deliveries (inserted, or rejected for good) and has seen heartbeat number `beat`."""
 
     seqs: tuple[int, ...]
+    beat: int
 
 
-class Heartbeat(Message, kw_only=True):
-    """Sent by the worker's own thread every heartbeat_s. `progress` counts tokens drawn and messages handled."""
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Sent every heartbeat_s by the worker's network thread; the one that generates moves `progress`."""
 
-    progress: int
-    doing: str  # one phrase for "what it waits for" lines, such as "generating lease 12" or "idle"
+    beat: Annotated[int, Meta(ge=1, le=2**62)]  # counts from 1
+    progress: Count  # decode steps, deliveries and loads so far: stands still when the worker hangs
+    doing: Text  # one phrase for "what it waits for" lines, such as "generating train/explorer/3/0" or "idle"
+    produced: Count  # completions so far: the seq of the last one
+    unacknowledged: Count
+    leases: Annotated[tuple[Name, ...], Meta(max_length=4096)]  # queued, in work, or unacknowledged in part
+    version: Count  # newest weights it was told of
 
 
-class Refused(Message, kw_only=True):
+class Leave(Message, frozen=True, kw_only=True):
+    """The worker goes; its leases may go to another at once."""
+
+    reason: Text
+
+
+class Refused(Message, frozen=True, kw_only=True):
     """The worker may not take part; it prints the reason and exits with 2."""
 
     reason: str
 
 
-class Stop(Message, kw_only=True):
+class Rejoin(Message, frozen=True, kw_only=True):
+    """The trainer does not know the worker (it restarted, or gave the worker up): begin again with Join."""
+
+    reason: str
+
+
+class Stop(Message, frozen=True, kw_only=True):
     """The run is over; the worker exits with 0."""
 
     reason: str
 
 
-FromWorker = Join | Hello | Deliver | LeaseDone | Heartbeat
-FromTrainer = Welcome | Grant | Weights | Acknowledge | Refused | Stop
+FromWorker = Join | Hello | Deliver | Heartbeat | Leave
+FromTrainer = Welcome | Grant | Weights | Acknowledge | Refused | Rejoin | Stop

@@ -1,0 +1,262 @@
+"""A worker's network thread: it keeps the conversation going (rollout.messages) while the main thread generates.
+
+consumes     completions (from the main thread), leases and weights (from the trainer)
+produces     leases with the weights they want, in the order granted; deliveries until they are acknowledged; heartbeats
+waits for    the socket, a new completion, or the next beat
+unblocked by any of them; the main thread by a lease, by room in the outbox, or by `Ended`
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from core.schema import Completion
+from rollout.frame import FrameError, session_of
+from rollout.messages import (
+    Acknowledge,
+    Fingerprints,
+    FromTrainer,
+    FromWorker,
+    Grant,
+    Heartbeat,
+    Hello,
+    Join,
+    Lease,
+    Leave,
+    Refused,
+    Rejoin,
+    Stop,
+    Weights,
+    Welcome,
+)
+from rollout.outbox import Outbox
+from rollout.wire import Link
+
+_JOIN_S = 0.5
+_FRAME_BYTES = 512 << 10
+_FRAME_MESSAGES = 1024
+_WEIGHTS_KEPT = 4
+_SILENCES = 3  # times liveness_s
+
+
+class Ended(Exception):
+    """The session is over: the main thread leaves whatever it does."""
+
+    def __init__(self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind, self.reason = kind, reason
+
+
+class Task(NamedTuple):
+    """A lease, and the weights to load before it (None: those that are loaded)."""
+
+    lease: Lease
+    weights: Weights | None
+
+
+class Courier:
+    """One session with the trainer. Its methods are for the main thread; `Ended` is raised by all that wait or report.
+
+    `patience_s`: how long the trainer may take to answer the first Join. `spawned`: the trainer started this process,
+    so that it stays through a long silence; one started by hand looks for another trainer sooner.
+    `on_end` is called on the network thread when the session ends, so that a hanging engine cannot stay.
+    """
+
+    def __init__(
+        self, link: Link, join: Join, *, patience_s: float, spawned: bool, on_end: Callable[[Ended], None]
+    ) -> None:
+        self.name, self.role = join.worker, join.role
+        self._link, self._join, self._spawned, self._on_end = link, join, spawned, on_end
+        self._changed = threading.Condition()
+        self._welcome: Welcome | None = None
+        self._hello: Hello | None = None
+        self._hello_beat = 0  # first beat that carried it
+        self._ended: Ended | None = None
+        self._leaving: str | None = None
+        self._outbox = Outbox(1)
+        self._tasks: deque[Lease] = deque()
+        self._current: Lease | None = None
+        self._weights: dict[int, Weights] = {}
+        self._loaded = 0
+        self._doing, self._progress, self._beat = "loading", 0, 0
+        self._heard_s = time.monotonic()
+        self._silence_s = patience_s
+        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        self._thread.start()
+
+    def welcome(self) -> Welcome:
+        """Wait for the run's terms."""
+        with self._changed:
+            self._wait(lambda: self._welcome is not None)
+            assert self._welcome is not None
+            return self._welcome
+
+    def ready(self, fingerprints: Fingerprints, vocab_size: int) -> None:
+        """The engine is loaded."""
+        with self._changed:
+            self._hello = Hello(fingerprints=fingerprints, vocab_size=vocab_size)
+            self._doing = "idle"
+        self._link.wake()
+
+    def next_task(self) -> Task:
+        """Wait for a lease, and for the weights it needs. The previous one is done."""
+        with self._changed:
+            self._current, self._doing = None, "idle"
+            self._wait(lambda: bool(self._tasks))
+            lease = self._tasks[0]
+            if not self._servable(lease):
+                self._doing = f"waiting for weights {lease.version}"
+                self._wait(lambda: self._servable(lease))
+            self._current = self._tasks.popleft()
+            self._doing = f"generating {lease.lease_id}"
+            self._progress += 1
+            return Task(lease, self._wanted(lease))
+
+    def loaded(self, version: int) -> None:
+        """These weights are in the engine."""
+        with self._changed:
+            self._loaded = version
+            self._progress += 1
+
+    def deliver(self, completion: Completion) -> None:
+        """Hand over a completion of the current lease; waits while the outbox is full."""
+        with self._changed:
+            assert self._current is not None
+            if self._outbox.full:
+                doing, self._doing = self._doing, f"waiting for {len(self._outbox)} acknowledgements"
+                self._wait(lambda: not self._outbox.full)
+                self._doing = doing
+            self._outbox.put(self._current.lease_id, self._current.purpose, completion)
+            self._progress += 1
+        self._link.wake()
+
+    def on_progress(self, tokens: int) -> None:
+        """The engine drew tokens. Raises Ended where there is no sense in drawing more."""
+        self._progress += 1  # a lock per decode step would be dear; a lost count is not
+        if self._ended is not None:
+            raise self._ended
+
+    def close(self, reason: str) -> None:
+        """End the session: say why, and stop the thread."""
+        self._leaving = reason
+        if self._thread.is_alive():
+            self._link.wake()
+            self._thread.join()
+        self._link.close(linger_s=0.2)
+
+    def _wait(self, true: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: true() or self._ended is not None)
+        if self._ended is not None:
+            raise self._ended
+
+    def _servable(self, lease: Lease) -> bool:
+        return max([self._loaded, *self._weights]) >= lease.version
+
+    def _wanted(self, lease: Lease) -> Weights | None:
+        """Evaluations want exactly their version, while it is known; training wants the newest."""
+        version = max([self._loaded, *self._weights])
+        if lease.purpose == "eval" and (lease.version == self._loaded or lease.version in self._weights):
+            version = lease.version
+        return None if version == self._loaded else self._weights[version]
+
+    def _run(self) -> None:
+        try:
+            self._greet()
+            while self._ended is None and self._leaving is None:
+                self._turn()
+        except Exception as error:  # the thread's boundary: the main thread raises it
+            kind: Literal["refused", "failed"] = "refused" if isinstance(error, FrameError) else "failed"
+            self._end(Ended(kind, str(error) or repr(error)))
+        if self._leaving is not None:
+            self._link.send([Leave(reason=self._leaving)])
+
+    def _greet(self) -> None:
+        while self._welcome is None and self._ended is None and self._leaving is None:
+            self._link.send([self._join])
+            self._hear(self._link.poll(_JOIN_S))
+
+    def _turn(self) -> None:
+        assert self._welcome is not None
+        next_beat_s = time.monotonic() + self._welcome.heartbeat_s
+        self._link.send(self._heartbeat())
+        while time.monotonic() < next_beat_s and self._ended is None and self._leaving is None:
+            if self._hello is not None and not self._hello_beat:
+                return  # the next beat carries it
+            self._send_deliveries()
+            self._hear(self._link.poll(next_beat_s - time.monotonic()))
+
+    def _heartbeat(self) -> Sequence[FromWorker]:
+        with self._changed:
+            self._beat += 1
+            held = dict.fromkeys([lease.lease_id for lease in self._tasks] + self._outbox.leases)
+            if self._current is not None:
+                held[self._current.lease_id] = None
+            beat = Heartbeat(
+                beat=self._beat, progress=self._progress, doing=self._doing, produced=self._outbox.produced,
+                unacknowledged=len(self._outbox), leases=tuple(held), version=max([self._loaded, *self._weights]),
+            )  # fmt: skip
+            if self._hello is None:
+                return [beat]
+            # In one frame with the beat: once a beat since then is acknowledged, the hello has arrived.
+            self._hello_beat = self._hello_beat or self._beat
+            return [self._hello, beat]
+
+    def _send_deliveries(self) -> None:
+        while True:
+            with self._changed:
+                batch = self._outbox.unsent(_FRAME_BYTES, _FRAME_MESSAGES)
+            if not batch or not self._link.send(batch):
+                return
+            with self._changed:
+                self._outbox.sent(batch, self._beat)
+
+    def _hear(self, messages: list[FromTrainer]) -> None:
+        now = time.monotonic()
+        if messages:
+            self._heard_s = now
+        elif now - self._heard_s > self._silence_s:
+            self._end(Ended("silent", f"no answer from the trainer for {now - self._heard_s:.0f} s"))
+        with self._changed:
+            for message in messages:
+                self._take(message)
+            self._changed.notify_all()
+
+    def _take(self, message: FromTrainer) -> None:
+        if isinstance(message, Acknowledge):
+            self._outbox.acknowledge(message.seqs, message.beat)
+            if self._hello is not None and 0 < self._hello_beat <= message.beat:
+                self._hello = None
+        elif isinstance(message, Grant):
+            held = [*self._tasks] + ([self._current] if self._current is not None else [])
+            if all(lease.lease_id != message.lease.lease_id for lease in held):
+                self._tasks.append(message.lease)
+        elif isinstance(message, Weights):
+            self._weights[message.version] = message
+            for version in sorted(self._weights)[:-_WEIGHTS_KEPT]:
+                del self._weights[version]
+        elif isinstance(message, Welcome):
+            self._begin(message)
+        elif isinstance(message, Refused):
+            self._end(Ended("refused", message.reason))
+        elif isinstance(message, Rejoin):
+            self._end(Ended("rejoin", message.reason))
+        else:
+            assert isinstance(message, Stop), message
+            self._end(Ended("stop", message.reason))
+
+    def _begin(self, welcome: Welcome) -> None:
+        if self._welcome is None:
+            self._link.session = session_of(welcome.run_id, welcome.incarnation)
+            self._link.limit(welcome.max_frame_bytes)
+            self._outbox = Outbox(welcome.window)
+            self._welcome = welcome
+            self._silence_s = welcome.silence_s if self._spawned else _SILENCES * welcome.liveness_s
+
+    def _end(self, ended: Ended) -> None:
+        with self._changed:
+            if self._ended is None:
+                self._ended = ended
+                self._changed.notify_all()
+                self._on_end(ended)

@@ -1,0 +1,239 @@
+"""The trainer's end of the stream: one thread that owns the socket, the workers' processes and their leases.
+
+consumes     leases and weights (from the trainer's thread), completions (from workers)
+produces     each wanted completion once, to `on_completion`, on the pool's thread
+waits for    workers; never for longer than a quarter of a second at a time
+unblocked by a frame, a submission, a tick of the clock
+"""
+
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from core.config import Config
+from core.schema import Completion, Source
+from rollout.children import Children, Exit
+from rollout.endpoints import ENDPOINT_FILE, private_ipc
+from rollout.frame import session_of
+from rollout.keys import trainer_keys
+from rollout.leases import LeaseBook
+from rollout.messages import FromTrainer, Grant, Lease, Stop, Weights, Welcome
+from rollout.peers import State
+from rollout.roster import RoleTerms, Roster
+from rollout.status import counters, hopeless, waiting_line
+from rollout.wire import MAX_FRAMES_PER_POLL, Hub
+
+_ANSWER_S = 5.0  # how long a question to the pool's thread may take
+_GRACE_S = 1.6  # for each of: ending by themselves, SIGTERM, SIGKILL; together below five seconds
+
+
+class WorkersLost(RuntimeError):
+    """Work is left that no worker can do any more; the message says why, with the end of a worker's log."""
+
+
+class WorkerPool:
+    """Workers of a run. `terms` has an entry for each role that takes part.
+
+    `run_id`, `incarnation`: the run and the count of its starts; frames of any other are refused.
+    `may_grant(lease)` (pool's thread): False holds a lease back, as while the buffer is full; `nudge` asks again.
+    `worker_arguments` go to every spawned worker.
+
+    Example:
+        with WorkerPool(config, run_id="7f3a", incarnation=1, terms=terms, on_completion=receive) as pool:
+            pool.spawn(Source.EXPLORER, 0)
+            pool.submit(leases)
+    """
+
+    def __init__(
+        self, config: Config, *, run_id: str, incarnation: int, terms: Mapping[Source, RoleTerms],
+        on_completion: Callable[[str, Completion], None], may_grant: Callable[[Lease], bool] | None = None,
+        worker_arguments: tuple[str, ...] = (), max_restarts: int = 3,
+    ) -> None:  # fmt: skip
+        if len({role.fingerprints.tokenizer for role in terms.values()}) > 1:
+            raise ValueError(
+                f"explorer and learner have different tokenizers: {[str(role.model_dir) for role in terms.values()]}"
+            )
+        self.config, self._run_dir, self._may_grant = config, Path(config.run.dir), may_grant
+        stream = config.stream
+        self._temporary: Path | None = None
+        address = stream.endpoint
+        if address == "auto":
+            address, self._temporary = private_ipc()
+        self._hub = Hub(
+            address, session=session_of(run_id, incarnation), max_frame_bytes=stream.max_frame_mb << 20,
+            heartbeat_s=stream.heartbeat_s, liveness_s=stream.liveness_s,
+            keys=trainer_keys(Path(stream.keys)) if stream.keys else None,
+        )  # fmt: skip
+        self.endpoint = self._hub.endpoint
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        (self._run_dir / ENDPOINT_FILE).write_text(self.endpoint + "\n", "utf-8")
+        self._book = LeaseBook(credit=stream.credit)
+        self._roster = Roster(
+            self._book, session=self._hub.session, welcome=_welcome(config, run_id, incarnation), terms=terms,
+            liveness_s=stream.liveness_s, hang_s=stream.lease_timeout_s, on_completion=on_completion,
+        )  # fmt: skip
+        if stream.keys:
+            worker_arguments = ("--keys", str(Path(stream.keys).resolve()), *worker_arguments)
+        self._children = Children(
+            self._run_dir, threads=config.run.threads, max_restarts=max_restarts, arguments=worker_arguments
+        )
+        self._exits: dict[str, Exit] = {}  # the last of each child
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._stop_reason: str | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
+        self._thread.start()
+
+    def spawn(self, role: Source, index: int) -> None:
+        """Start a worker process on this machine; it is started again when it dies, a bounded number of times."""
+        self._do(lambda: self._children.start(role, index, self.endpoint))
+
+    def submit(self, leases: Sequence[Lease]) -> None:
+        """Queue leases. ValueError where one exceeds stream.max_frame_mb."""
+        for lease in leases:
+            self._hub.frame_bytes([Grant(lease=lease)])
+        self._do(lambda: self._submit(leases))
+
+    def publish_weights(self, version: int, file: Path, sha256: str) -> None:
+        """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
+        weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
+        self._do(lambda: [self._send(peer.identity, [message]) for peer, message in self._roster.publish(weights)])
+
+    def nudge(self) -> None:
+        """Ask `may_grant` again now."""
+        self._do(lambda: None)
+
+    def waiting_for(self) -> str:
+        """One line: what is missing, from whom, and since when."""
+        try:
+            return self._ask(lambda: waiting_line(self._roster, time.monotonic()))
+        except FutureTimeout:
+            return f"the pool's own thread, which is busy for more than {_ANSWER_S:g} s"
+
+    def counters(self) -> dict[str, Any]:
+        """Counts since the start: by source (promise 1), by worker, and of faults."""
+        return self._ask(lambda: counters(self._roster, self._children, self._hub.counts))
+
+    def check(self) -> None:
+        """Raise WorkersLost where work is left that no worker can do, or the pool's own error."""
+        if self._error is not None:
+            raise RuntimeError(f"the worker pool stopped: {self._error}") from self._error
+        try:
+            problem = self._ask(lambda: hopeless(self._roster, self._children, self._exits))
+        except FutureTimeout:
+            return  # busy is not lost; waiting_for says it
+        if problem:
+            raise WorkersLost(problem)
+
+    def close(self, reason: str = "the run is over") -> None:
+        """Tell every worker to stop; spawned ones are gone within five seconds. Closing again does nothing."""
+        if self._stop_reason is None:
+            self._stop_reason = reason
+            self._hub.wake()
+            self._thread.join()
+            self._hub.close()
+            (self._run_dir / ENDPOINT_FILE).unlink(missing_ok=True)
+            if self._temporary is not None:
+                (self._temporary / "hub").unlink(missing_ok=True)
+                self._temporary.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("the run is over" if error is None else f"the trainer failed: {error!r}"[:200])
+
+    def _do(self, action: Callable[[], Any]) -> Future[Any]:
+        """Have the pool's thread do something; an error in it ends the pool and is raised by `check`."""
+        answer: Future[Any] = Future()
+        self._commands.append((action, answer))
+        if self._stop_reason is None:
+            self._hub.wake()
+        return answer
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        if not self._thread.is_alive():
+            return question()
+        return self._do(question).result(timeout=_ANSWER_S)
+
+    def _run(self) -> None:
+        try:
+            while self._stop_reason is None:
+                self._turn()
+        except Exception as error:  # the thread's boundary: `check` raises it on the trainer's thread
+            self._error = error
+        finally:
+            reason = self._stop_reason or f"the trainer failed: {self._error!r}"[:200]
+            for peer in list(self._roster.peers.values()):
+                self._send(peer.identity, [Stop(reason=reason)])
+            self._children.stop(grace_s=_GRACE_S)
+            self._answer_commands()
+
+    def _turn(self) -> None:
+        received = self._hub.poll(min(0.25, self.config.stream.heartbeat_s / 2))
+        now = time.monotonic()
+        for peer, session, messages, problem in received:
+            if problem is not None:
+                replies = self._roster.bad_frame(peer, problem)
+            else:
+                replies = self._roster.hear(peer, session, messages, now)
+            if replies:
+                self._send(peer, replies)
+        self._answer_commands()
+        for child in self._children.reap(now, self.endpoint):
+            self._exits[child.name] = child
+            self._roster.process_ended(child.pid, socket.gethostname(), child.line())
+        if len(received) < MAX_FRAMES_PER_POLL:  # all that was said is heard, so that silence is silence
+            self._roster.tick(now)
+        for known in self._roster.peers.values():
+            if known.state == State.READY:
+                self._children.mark_ready(known.join.pid)
+        self._grant(now)
+
+    def _grant(self, now: float) -> None:
+        for peer, grant in list(self._roster.grants(now, self._may_grant)):
+            if not self._send(peer.identity, [grant]):
+                self._book.retract(peer.name, grant.lease.lease_id)
+
+    def _submit(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            self._book.submit(lease)
+
+    def _answer_commands(self) -> None:
+        while self._commands:
+            action, answer = self._commands.popleft()
+            try:
+                answer.set_result(action())
+            except Exception as error:
+                answer.set_exception(error)
+                raise
+
+    def _send(self, peer: bytes, messages: Sequence[FromTrainer]) -> bool:
+        return self._hub.send(peer, messages)
+
+
+def _welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
+    """The run's terms but for the model."""
+    stream = config.stream
+    return Welcome(
+        run_id=run_id,
+        incarnation=incarnation,
+        model="",
+        engine=config.rollout.engine,
+        device=config.run.device,
+        dtype=config.learner.dtype,
+        heartbeat_s=stream.heartbeat_s,
+        liveness_s=stream.liveness_s,
+        silence_s=stream.starvation_s,
+        window=stream.credit,
+        max_frame_bytes=stream.max_frame_mb << 20,
+    )
