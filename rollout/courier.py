@@ -8,12 +8,12 @@ unblocked by any of them; the main thread by a lease, by room in the outbox, or 
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from core.schema import Completion
 from rollout.frame import FrameError, session_of
+from rollout.inbox import Inbox, Task
 from rollout.messages import (
     Acknowledge,
     Fingerprints,
@@ -23,7 +23,6 @@ from rollout.messages import (
     Heartbeat,
     Hello,
     Join,
-    Lease,
     Leave,
     Refused,
     Rejoin,
@@ -37,7 +36,6 @@ from rollout.wire import Link
 _JOIN_S = 0.5
 _FRAME_BYTES = 512 << 10
 _FRAME_MESSAGES = 1024
-_WEIGHTS_KEPT = 4
 _SILENCES = 3  # times liveness_s
 
 
@@ -47,13 +45,6 @@ class Ended(Exception):
     def __init__(self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
         self.kind, self.reason = kind, reason
-
-
-class Task(NamedTuple):
-    """A lease, and the weights to load before it (None: those that are loaded)."""
-
-    lease: Lease
-    weights: Weights | None
 
 
 class Courier:
@@ -76,10 +67,7 @@ class Courier:
         self._ended: Ended | None = None
         self._leaving: str | None = None
         self._outbox = Outbox(1)
-        self._tasks: deque[Lease] = deque()
-        self._current: Lease | None = None
-        self._weights: dict[int, Weights] = {}
-        self._loaded = 0
+        self._inbox = Inbox()
         self._doing, self._progress, self._beat = "loading", 0, 0
         self._heard_s = time.monotonic()
         self._silence_s = patience_s
@@ -103,32 +91,29 @@ class Courier:
     def next_task(self) -> Task:
         """Wait for a lease, and for the weights it needs. The previous one is done."""
         with self._changed:
-            self._current, self._doing = None, "idle"
-            self._wait(lambda: bool(self._tasks))
-            lease = self._tasks[0]
-            if not self._servable(lease):
-                self._doing = f"waiting for weights {lease.version}"
-                self._wait(lambda: self._servable(lease))
-            self._current = self._tasks.popleft()
-            self._doing = f"generating {lease.lease_id}"
+            self._inbox.current, self._doing = None, "idle"
+            self._wait(lambda: self._inbox.ready)
+            task = self._inbox.take()
+            self._doing = f"generating {task.lease.lease_id}"
             self._progress += 1
-            return Task(lease, self._wanted(lease))
+            return task
 
     def loaded(self, version: int) -> None:
         """These weights are in the engine."""
         with self._changed:
-            self._loaded = version
+            self._inbox.loaded = version
             self._progress += 1
 
     def deliver(self, completion: Completion) -> None:
         """Hand over a completion of the current lease; waits while the outbox is full."""
         with self._changed:
-            assert self._current is not None
+            lease = self._inbox.current
+            assert lease is not None
             if self._outbox.full:
                 doing, self._doing = self._doing, f"waiting for {len(self._outbox)} acknowledgements"
                 self._wait(lambda: not self._outbox.full)
                 self._doing = doing
-            self._outbox.put(self._current.lease_id, self._current.purpose, completion)
+            self._outbox.put(lease.lease_id, lease.purpose, completion)
             self._progress += 1
         self._link.wake()
 
@@ -150,16 +135,6 @@ class Courier:
         self._changed.wait_for(lambda: true() or self._ended is not None)
         if self._ended is not None:
             raise self._ended
-
-    def _servable(self, lease: Lease) -> bool:
-        return max([self._loaded, *self._weights]) >= lease.version
-
-    def _wanted(self, lease: Lease) -> Weights | None:
-        """Evaluations want exactly their version, while it is known; training wants the newest."""
-        version = max([self._loaded, *self._weights])
-        if lease.purpose == "eval" and (lease.version == self._loaded or lease.version in self._weights):
-            version = lease.version
-        return None if version == self._loaded else self._weights[version]
 
     def _run(self) -> None:
         try:
@@ -190,12 +165,12 @@ class Courier:
     def _heartbeat(self) -> Sequence[FromWorker]:
         with self._changed:
             self._beat += 1
-            held = dict.fromkeys([lease.lease_id for lease in self._tasks] + self._outbox.leases)
-            if self._current is not None:
-                held[self._current.lease_id] = None
+            lacks = self._inbox.lacks
+            doing = self._doing if lacks is None or self._inbox.current else f"waiting for weights {lacks}"
             beat = Heartbeat(
-                beat=self._beat, progress=self._progress, doing=self._doing, produced=self._outbox.produced,
-                unacknowledged=len(self._outbox), leases=tuple(held), version=max([self._loaded, *self._weights]),
+                beat=self._beat, progress=self._progress, doing=doing, produced=self._outbox.produced,
+                unacknowledged=len(self._outbox), leases=tuple({*self._inbox.leases, *self._outbox.leases}),
+                version=self._inbox.version,
             )  # fmt: skip
             if self._hello is None:
                 return [beat]
@@ -229,13 +204,9 @@ class Courier:
             if self._hello is not None and 0 < self._hello_beat <= message.beat:
                 self._hello = None
         elif isinstance(message, Grant):
-            held = [*self._tasks] + ([self._current] if self._current is not None else [])
-            if all(lease.lease_id != message.lease.lease_id for lease in held):
-                self._tasks.append(message.lease)
+            self._inbox.grant(message.lease)
         elif isinstance(message, Weights):
-            self._weights[message.version] = message
-            for version in sorted(self._weights)[:-_WEIGHTS_KEPT]:
-                del self._weights[version]
+            self._inbox.learn(message)
         elif isinstance(message, Welcome):
             self._begin(message)
         elif isinstance(message, Refused):

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rollout.wire import Keys, new_keypair
+from rollout.access import Keys
+from rollout.wire import new_keypair
 
 _KEY_BYTES = 40  # Z85 of 32 bytes
 

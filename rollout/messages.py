@@ -113,6 +113,11 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Credit it costs."""
         return sum(len(item.samples) for item in self.items)
 
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes its completions can take in the buffer: an id and a log-prob of 4 bytes for each token."""
+        return 8 * self.sampling.max_tokens * self.num_completions
+
 
 class Grant(Message, frozen=True, kw_only=True):
     """Work. A worker that already has the lease ignores it."""

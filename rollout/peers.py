@@ -108,6 +108,30 @@ class Peer:
         return f"{self.name} ({self.doing}, progress {now - self.progress_s:.0f} s ago)"
 
 
+class Peers(dict[bytes, Peer]):
+    """Workers by connection, at most `limit`: those that ended longest ago are forgotten, but for their counts."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self._forgotten = {source: Account() for source in Source}
+
+    def enter(self, peer: Peer) -> None:
+        """Add a worker."""
+        ended = [known for known in self.values() if known.state in (State.DEAD, State.GONE, State.REFUSED)]
+        for known in sorted(ended, key=lambda known: known.seen_s)[: max(0, len(self) + 1 - self.limit)]:
+            self._forgotten[known.role].enter(known)
+            del self[known.identity]
+        self[peer.identity] = peer
+
+    def accounts(self) -> dict[Source, "Account"]:
+        """Promise 1, by source."""
+        accounts = {source: Account(forgotten) for source, forgotten in self._forgotten.items()}
+        for peer in self.values():
+            accounts[peer.role].enter(peer)
+        return accounts
+
+
 class Account(Counter[str]):
     """Sums over workers: produced, received, accepted/PURPOSE, rejected/REASON, resent, in_flight, lost."""
 

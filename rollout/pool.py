@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from core.config import Config
 from core.schema import Completion, Source
@@ -32,6 +32,9 @@ from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
 _ANSWER_S = 5.0  # how long a question to the pool's thread may take
 _GRACE_S = 1.6  # for each of: ending by themselves, SIGTERM, SIGKILL; together below five seconds
+
+
+T = TypeVar("T")
 
 
 class WorkersLost(RuntimeError):
@@ -120,6 +123,11 @@ class WorkerPool:
     def counters(self) -> dict[str, Any]:
         """Counts since the start: by source (promise 1), by worker, and of faults."""
         return self._ask(lambda: counters(self._roster, self._children, self._hub.counts))
+
+    def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:
+        """`look(counters()["sources"])` on the pool's thread, so that no completion arrives meanwhile. Hold no lock."""
+        answer: T = self._ask(lambda: look(counters(self._roster, self._children, self._hub.counts)["sources"]))
+        return answer
 
     def check(self) -> None:
         """Raise WorkersLost where work is left that no worker can do, or the pool's own error."""

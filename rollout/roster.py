@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from core.schema import Completion, Source, check_completion
+from core.schema import Completion, Source
 from rollout.frame import FrameError
-from rollout.leases import LeaseBook, Verdict
+from rollout.judge import judge
+from rollout.leases import LeaseBook
 from rollout.messages import (
     Acknowledge,
     Deliver,
@@ -30,7 +31,7 @@ from rollout.messages import (
     Weights,
     Welcome,
 )
-from rollout.peers import Account, Peer, SeqWindow, State
+from rollout.peers import Peer, Peers, SeqWindow, State
 
 MAX_PEERS = 1024
 # Beats a worker may take to name weights it was sent, before they are sent again.
@@ -62,7 +63,7 @@ class Roster:
     ) -> None:  # fmt: skip
         self.book, self.session, self.terms = book, session, terms
         self.liveness_s, self.hang_s = liveness_s, hang_s
-        self.peers: dict[bytes, Peer] = {}
+        self.peers = Peers(MAX_PEERS)
         self.events: Counter[str] = Counter()
         self.bad_frames: Counter[str] = Counter()
         self.problems: dict[str, str] = {}  # the last one of each kind, in words
@@ -70,7 +71,6 @@ class Roster:
         self.accepted_s: float | None = None  # when the last completion was accepted
         self._welcome, self._on_completion = welcome, on_completion
         self._bad_in_a_row: Counter[bytes] = Counter()
-        self._folded = {source: Account() for source in Source}
         self._ticked_s: float | None = None
 
     def hear(self, identity: bytes, session: int, messages: Sequence[FromWorker], now: float) -> list[FromTrainer]:
@@ -150,13 +150,6 @@ class Roster:
             if (peer.join.pid, peer.join.host) == (pid, host) and peer.state != State.REFUSED:
                 self._end(peer, State.GONE, why)
 
-    def accounts(self) -> dict[Source, Account]:
-        """Promise 1, by source."""
-        accounts = {source: Account(folded) for source, folded in self._folded.items()}
-        for peer in self.peers.values():
-            accounts[peer.role].enter(peer)
-        return accounts
-
     def _answer(self, peer: Peer, message: FromWorker, seqs: list[int], now: float) -> list[FromTrainer]:
         if isinstance(message, Hello):
             return self._hello(peer, message)
@@ -181,9 +174,8 @@ class Roster:
         if terms is None:
             return Refused(reason=f"this run has no work for {message.role} workers")
         if identity not in self.peers:
-            self._make_room()
             window = SeqWindow(self._welcome.window)
-            self.peers[identity] = Peer(message, identity, window, joined_s=now, seen_s=now, progress_s=now)
+            self.peers.enter(Peer(message, identity, window, joined_s=now, seen_s=now, progress_s=now))
             self.events["joined"] += 1
         return msgspec.structs.replace(self._welcome, model=str(terms.model_dir))
 
@@ -209,7 +201,8 @@ class Roster:
             peer.resent += 1
             return []
         peer.produced = max(peer.produced, message.seq)
-        reason, problem = self._judge(peer, message)
+        newest = self.weights.version if self.weights is not None and peer.role == Source.LEARNER else 0
+        reason, problem = judge(message, self.book, peer.name, self.terms[peer.role].vocab_size, newest)
         if reason:
             peer.rejected[reason] += 1
             self.problems[reason] = f"{peer.name}: {problem}"
@@ -219,28 +212,6 @@ class Roster:
         peer.accepted[message.purpose] += 1
         self.accepted_s = now
         return []
-
-    def _judge(self, peer: Peer, message: Deliver) -> tuple[str, str]:
-        """Why a delivery is rejected, as a word and a sentence; empty where it is believed and wanted."""
-        completion = message.completion
-        verdict = self.book.verdict(message.lease_id, message.purpose, completion.key)
-        if verdict != Verdict.WANTED:
-            return verdict.value, f"{completion.key} of lease {message.lease_id}"
-        lease = self.book.lookup(message.lease_id)
-        try:
-            check_completion(
-                completion, vocab_size=self.terms[peer.role].vocab_size, max_tokens=lease.sampling.max_tokens
-            )
-            newest = self.weights.version if self.weights is not None and peer.role == Source.LEARNER else 0
-            if not lease.version <= completion.version <= newest:
-                raise ValueError(f"weights version {completion.version} outside {lease.version} … {newest}")
-            if completion.prompt_uid != self.book.prompt_uid(message.lease_id, completion.key.slot):
-                raise ValueError(f"prompt {completion.prompt_uid} is not the lease's")
-            if completion.worker != peer.name or not completion.started_s <= completion.finished_s:
-                raise ValueError("worker's name or times are wrong")
-        except ValueError as problem:
-            return "invalid", f"{completion.key}: {problem}"
-        return "", ""
 
     def _revive(self, peer: Peer, now: float) -> list[FromTrainer]:
         """A worker given up for dead speaks again. One that hangs must also make progress, which `hear` notes."""
@@ -266,14 +237,7 @@ class Roster:
         return Refused(reason=reason)
 
     def _end(self, peer: Peer, state: State, why: str) -> None:
-        if peer.state != state:
+        if peer.state != state:  # the first reason says more than what follows from it
             self.events[state.value] += 1
-        peer.state, peer.why = state, why
+            peer.state, peer.why = state, why
         self.book.lose(peer.name)
-
-    def _make_room(self) -> None:
-        """Forget the workers that ended longest ago; a forgotten one that speaks again is told to rejoin."""
-        ended = [peer for peer in self.peers.values() if peer.state not in (*_BACK, State.HUNG)]
-        for peer in sorted(ended, key=lambda peer: peer.seen_s)[: max(0, len(self.peers) + 1 - MAX_PEERS)]:
-            self._folded[peer.role].enter(peer)
-            del self.peers[peer.identity]

@@ -39,7 +39,7 @@ def hopeless(roster: Roster, children: Children, exits: Mapping[str, Exit]) -> s
 
 def counters(roster: Roster, children: Children, sockets: Mapping[str, int]) -> dict[str, Any]:
     """Counts of completions by source and worker, of workers' fates, and of frames. `balanced` is promise 1."""
-    accounts = roster.accounts()
+    accounts = roster.peers.accounts()
     return {
         "sources": {
             source.value: {
@@ -101,7 +101,8 @@ def _holders(roster: Roster, role: Source, work: list[Work], now: float) -> str:
 def _why_queued(roster: Roster, role: Source, work: list[Work], now: float) -> str:
     peers = [peer for peer in roster.peers.values() if peer.role == role]
     if not any(peer.state == State.READY for peer in peers):
-        known = ", ".join(peer.line(now) for peer in peers[-_NAMED:])
+        latest = {peer.name.rpartition(".")[0]: peer for peer in peers}  # not the sessions it replaced
+        known = ", ".join(peer.line(now) for peer in list(latest.values())[-_NAMED:])
         return f"no {role} worker is ready; known: {known or 'none has joined yet'}"
     published = roster.weights.version if roster.weights is not None else 0
     wanted = min(item.lease.version for item in work if not item.holder)

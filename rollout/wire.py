@@ -1,12 +1,11 @@
 """The sockets: `Hub` (trainer, ROUTER) and `Link` (worker, DEALER) move frames of typed messages. The only zmq import.
 
 What the options are for (each measured, docs/log.md): ROUTER_MANDATORY: a message to a peer that is gone is an error,
-not silence. ROUTER_HANDOVER: a peer that reconnects under its name is not ignored. IMMEDIATE: a worker queues nothing for
-a trainer that is away. ZMTP heartbeats find peers that stopped; MAXMSGSIZE and the high-water marks bound memory.
+not silence. ROUTER_HANDOVER: a peer that reconnects under its name is not ignored. IMMEDIATE: a worker queues nothing
+for a trainer that is away. ZMTP heartbeats find peers that stopped; MAXMSGSIZE and the high-water marks bound memory.
 """
 
 import errno
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,9 +14,11 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
+from rollout.access import AllowList, Keys
 from rollout.endpoints import bindable, check_endpoint, reachable, refuse_live_ipc
 from rollout.frame import FrameError, trainer_codec, worker_codec
 from rollout.messages import FromTrainer, FromWorker
+from rollout.wake import Wake
 
 MAX_FRAMES_PER_POLL = 256
 _RECEIVE_FRAMES, _SEND_FRAMES = 64, 512
@@ -27,15 +28,6 @@ _MONITORED = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "handshake_failed",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "handshake_failed",
 }
-
-
-class Keys(NamedTuple):
-    """CURVE keys in Z85. A trainer has its own pair and the allowed public keys; a worker its own and the trainer's."""
-
-    public: bytes
-    secret: bytes
-    trainer: bytes  # the trainer's public key
-    allowed: frozenset[bytes] = frozenset()
 
 
 class Received(NamedTuple):
@@ -50,37 +42,6 @@ class Received(NamedTuple):
 def new_keypair() -> tuple[bytes, bytes]:
     """Public and secret CURVE key, Z85."""
     return zmq.curve_keypair()
-
-
-class _AllowList:
-    """ZAP's question about a CURVE key, asked on the authenticator's thread."""
-
-    def __init__(self, allowed: frozenset[bytes], counts: Counter[str]) -> None:
-        self._allowed, self._counts = allowed, counts
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        known = key in self._allowed
-        self._counts["key_refused"] += not known
-        return known
-
-
-class _Wake:
-    """Lets another thread end a poll."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def set(self) -> None:
-        os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            return  # nobody had set it
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 class Hub:
@@ -108,7 +69,7 @@ class Hub:
             self._socket.curve_server = True
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
         self._monitor = self._socket.get_monitor_socket(sum(set(_MONITORED)))
-        self._wake = _Wake()
+        self._wake = Wake()
         try:
             self._socket.bind(bindable(endpoint))
         except zmq.ZMQError as error:
@@ -123,7 +84,7 @@ class Hub:
         """Without this thread libzmq would accept any key (encryption is not authentication)."""
         authenticator = ThreadAuthenticator(self._context)
         authenticator.start()
-        authenticator.configure_curve_callback(domain="*", credentials_provider=_AllowList(keys.allowed, self.counts))
+        authenticator.configure_curve_callback(domain="*", credentials_provider=AllowList(keys.allowed, self.counts))
         return authenticator
 
     def poll(self, timeout_s: float) -> list[Received]:
@@ -208,7 +169,7 @@ class Link:
             self._socket.curve_serverkey = keys.trainer
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
         self._socket.connect(endpoint)
-        self._wake = _Wake()
+        self._wake = Wake()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wake.fd, zmq.POLLIN)

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
-from rollout.courier import Courier, Ended, Task
+from rollout.courier import Courier, Ended
 from rollout.endpoints import resolve
 from rollout.engine import Engine, Request
 from rollout.fingerprint import file_sha256, fingerprints
+from rollout.inbox import Task
 from rollout.keys import worker_keys
 from rollout.messages import Join, Weights, Welcome
 from rollout.wire import Link
