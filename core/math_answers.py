@@ -49,10 +49,10 @@ def undelimited(answer: str) -> str:
 
 
 def answers_equal(gold: str, answer: str) -> bool:
-    r"""Whether math-verify finds `answer` equal to `gold`; as text, never as a substring: 2 is not 12.
+    r"""Whether math-verify finds `answer` equal to `gold`; never by substring: 2 is not 12.
 
-    The order matters: math-verify lets `3` answer `x = 3`. Its own time-outs are off because they say False, which would
-    be a reward of 0, and cannot stop C code: run this in a process that can be killed.
+    The order matters: math-verify lets `3` answer `x = 3`. Its time-outs are off: they say False, which would be
+    a reward of 0, and cannot stop C code: run this in a process that can be killed.
     Raises ValueError where `gold` cannot be read. An `answer` that cannot be read is not equal.
     """
     from math_verify import verify

@@ -40,6 +40,8 @@ def resolve_reward(name: str) -> Reward:
     `f(data_source, solution_str, ground_truth, extra_info) -> float | {"score": float}`. The parameter names decide.
     None from any of them means: no reward. Raises ValueError for a name that leads nowhere and for other signatures.
     """
+    if name == "math":
+        answers_equal("1", "1")  # loads SymPy and the grammar now rather than in the first completion's time
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, colon, path = name.partition(":")
