@@ -13,8 +13,8 @@ from rollout.torch_model import Cache, TorchModel
 from rollout.torch_sampling import draw, row_keys, uniforms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Finished rows leave the batch when they are this part of it: moving rows costs less than computing them.
-_COMPACT_AT = 1 / 8
+# Finished rows leave when this part of the batch is still open: leaving costs about half a step of the rest.
+_COMPACT_AT = 3 / 4
 
 
 class TorchEngine:
@@ -39,7 +39,7 @@ class TorchEngine:
         self.vocab_size = self._model.shape.vocab
 
     def load_weights(self, file: Path) -> None:
-        """Replace all weights by those of a safetensors file of the same names and shapes, or change none and refuse."""
+        """Replace all weights by those of a safetensors file of the same names and sizes, or refuse and change none."""
         self._model.weights.load([Path(file)])
 
     def close(self) -> None:
@@ -90,12 +90,11 @@ class TorchEngine:
             rows.open &= ~stopped
             if last or not rows.open.any():
                 return
-            order = compaction(rows.open)
-            if len(order) < len(rows.open):
-                rows = rows.reordered(order)
-                moved = np.flatnonzero(order != np.arange(len(order)))
-                cache.move_rows(self._tensor(order[moved]), self._tensor(moved), len(order))
-                drawn = drawn[self._tensor(order)]
+            if rows.open.sum() <= _COMPACT_AT * len(rows.open):
+                kept = np.flatnonzero(rows.open)
+                rows = rows.take(kept)
+                cache.take(self._tensor(kept))
+                drawn = drawn[self._tensor(kept)]
             logits = self._model.decode(drawn, cache)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -113,9 +112,11 @@ class TorchEngine:
         for index, prompt in enumerate(prompts):
             token_ids[index, -len(prompt) :] = prompt
         self._model.reserve_positions(int(lengths.max()) + max_tokens)
-        logits, cache = self._model.prefill(self._tensor(token_ids), self._tensor(lengths))
-        where = self._tensor(np.array(prompt_of_row))
-        return logits[where], cache.repeat(where, max_tokens)
+        equal = bool((lengths == lengths[0]).all())
+        logits, cache = self._model.prefill(self._tensor(token_ids), self._tensor(lengths), equal=equal)
+        repeated = self._tensor(np.array(prompt_of_row))
+        cache.take(repeated)
+        return logits[repeated], cache
 
     def _draw(self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling) -> torch.Tensor:
         """Draw token number `step` of every row and note it on the host; int64 [B] on the device."""
@@ -155,18 +156,5 @@ class _Rows:
         request, sample = self.names[row].tolist()
         return Sampled(request, sample, self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), finish)
 
-    def reordered(self, order: np.ndarray) -> "_Rows":
-        return _Rows(self.names[order], self.keys[order], self.tokens[order], self.logprobs[order], self.open[order])
-
-
-def compaction(open_rows: np.ndarray) -> np.ndarray:
-    """Which old row each row of the next step holds: all as they are, or the open ones, moving as few as possible.
-
-    Example: compaction([True, False, True, True]) is [0, 3, 2]
-    """
-    kept = int(open_rows.sum())
-    order = np.arange(len(open_rows))
-    if len(open_rows) - kept < _COMPACT_AT * len(open_rows):
-        return order
-    order[np.flatnonzero(~open_rows[:kept])] = kept + np.flatnonzero(open_rows[kept:])
-    return order[:kept]
+    def take(self, kept: np.ndarray) -> "_Rows":
+        return _Rows(self.names[kept], self.keys[kept], self.tokens[kept], self.logprobs[kept], self.open[kept])

@@ -95,8 +95,8 @@ class Layer:
     """One decoder layer's weights, products that read the same input fused by rows."""
 
     attention_norm: torch.Tensor  # [E]
-    qkv: torch.Tensor  # [(H + 2K)·D, E]
-    qk_norm: torch.Tensor | None  # [H + K, D], Qwen3 only
+    qkv: torch.Tensor  # [K·(H/K + 2)·D, E]: per key-value head its query heads, its key and its value
+    qk_norm: torch.Tensor | None  # [H/K + 1, D]: that of a query for each query head, that of a key; Qwen3 only
     out: torch.Tensor  # [E, H·D]
     mlp_norm: torch.Tensor  # [E]
     gate_up: torch.Tensor  # [2F, E]
@@ -126,7 +126,7 @@ class Weights:
         return Layer(
             attention_norm=self._new(s.hidden),
             qkv=self._new((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden),
-            qk_norm=self._new(s.heads + s.kv_heads, s.head_dim) if s.qk_norm else None,
+            qk_norm=self._new(s.heads // s.kv_heads + 1, s.head_dim) if s.qk_norm else None,
             out=self._new(s.hidden, s.heads * s.head_dim),
             mlp_norm=self._new(s.hidden),
             gate_up=self._new(2 * s.intermediate, s.hidden),
@@ -141,15 +141,13 @@ class Weights:
             views["lm_head.weight"] = self.head
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
-            query, key, value = layer.qkv.split(
-                [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
-            )
+            qkv = layer.qkv.view(s.kv_heads, -1, s.head_dim, s.hidden)
             gate, up = layer.gate_up.chunk(2)
             views |= {
                 prefix + "input_layernorm.weight": layer.attention_norm,
-                prefix + "self_attn.q_proj.weight": query,
-                prefix + "self_attn.k_proj.weight": key,
-                prefix + "self_attn.v_proj.weight": value,
+                prefix + "self_attn.q_proj.weight": qkv[:, :-2],
+                prefix + "self_attn.k_proj.weight": qkv[:, -2],
+                prefix + "self_attn.v_proj.weight": qkv[:, -1],
                 prefix + "self_attn.o_proj.weight": layer.out,
                 prefix + "post_attention_layernorm.weight": layer.mlp_norm,
                 prefix + "mlp.gate_proj.weight": gate,
@@ -157,9 +155,8 @@ class Weights:
                 prefix + "mlp.down_proj.weight": layer.down,
             }
             if layer.qk_norm is not None:
-                # One vector per layer in the file, one row per head here, so that one product serves queries and keys.
-                views[prefix + "self_attn.q_norm.weight"] = layer.qk_norm[: s.heads]
-                views[prefix + "self_attn.k_norm.weight"] = layer.qk_norm[s.heads :]
+                views[prefix + "self_attn.q_norm.weight"] = layer.qk_norm[:-1]
+                views[prefix + "self_attn.k_norm.weight"] = layer.qk_norm[-1]
         return views
 
     @torch.inference_mode()
@@ -180,11 +177,13 @@ class Weights:
                 raise ValueError(f"{where}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")
             for name, view in views.items():
                 size = found[name].get_slice(name).get_shape()
-                expected = [view.shape[-1]] if name.endswith("norm.weight") else list(view.shape)
+                width = view.shape[-1]
+                expected = [width] if name.endswith("norm.weight") else [view.numel() // width, width]
                 if size != expected:
                     raise ValueError(f"{where}: {name} has shape {size}, the model needs {expected}")
             for name, view in views.items():
-                view.copy_(found[name].get_tensor(name))
+                tensor = found[name].get_tensor(name)
+                view.copy_(tensor if tensor.ndim == 1 else tensor.view(view.shape))
 
 
 def _open(file: Path) -> Any:
