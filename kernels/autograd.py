@@ -12,9 +12,8 @@ from kernels.arguments import LossRows, LossSettings
 from kernels.chunked import Gradients, Head, add_gradients, loss_with_gradients, score
 from kernels.reference import LogProb
 from kernels.row_loss import RowLoss
-from kernels.rows import Backend, RowStatistics
+from kernels.rows import METRICS, Backend, RowStatistics
 
-METRICS = ("ratio", "clipped_low", "clipped_high", "dual_clipped", "kl")
 RESIDENT_BYTES = 5 << 29
 """Logits that `linear_logprob` keeps for backward: 2.5 GiB, what a float32 weight gradient takes at H = 4096."""
 

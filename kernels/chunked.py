@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels import products
 from kernels.arguments import LossRows, LossSettings, Segments
-from kernels.row_loss import RowLoss, weighted
-from kernels.rows import Backend, RowStatistics, RowWeights
+from kernels.row_loss import weighted
+from kernels.rows import Backend, RowResult, RowStatistics, RowWeights
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def add_gradients(
             logits = kept[a:b]
         own = RowStatistics(*(s[a:b] for s in stats))
         e = None if grad_entropy is None else grad_entropy[a:b]
-        dz = head.backend.gradient(logits, *head.row_arguments(a, b), own, grad_logprob[a:b], e)
+        dz = head.backend.gradient(logits, *head.row_arguments(a, b), own, grad_logprob[a:b], e, head.weight.dtype)
         into.add(dz, a, b)
 
 
@@ -141,22 +141,22 @@ def loss_with_gradients(
             add_gradients(head, into, stats, losses.gradient(weights.loss), weights.entropy)
         return _fused(stats, losses.loss, losses.metrics, weights)
     buffer = head.buffer() if spans else None
-    parts: list[tuple[RowStatistics, RowLoss]] = []
+    parts: list[RowResult] = []
     for a, b, segments in spans:
         assert buffer is not None
         logits = head.logits(a, b, buffer)
         own = RowWeights(weights.loss[a:b], None if weights.entropy is None else weights.entropy[a:b])
-        stats, losses, dz = head.backend.loss_and_gradient(
-            logits, *head.row_arguments(a, b), rows.span(a, b, segments), own, settings
+        part = head.backend.loss_and_gradient(
+            logits, *head.row_arguments(a, b), rows.span(a, b, segments), own, settings, head.weight.dtype
         )
-        into.add(dz, a, b)
-        parts.append((stats, losses))
+        into.add(part.dz, a, b)
+        parts.append(part)
     if not parts:
         losses = head.backend.row_loss(head.inverse_temperature, rows, settings)
         return _fused(_join([], head), losses.loss, losses.metrics, weights)
-    metrics = {name: torch.cat([own.metrics[name] for _, own in parts]) for name in parts[0][1].metrics}
-    loss = torch.cat([own.loss for _, own in parts])
-    return _fused(_join([s for s, _ in parts], head), loss, metrics, weights)
+    metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
+    loss = torch.cat([part.loss for part in parts])
+    return _fused(_join([part.stats for part in parts], head), loss, metrics, weights)
 
 
 def _fused(stats: RowStatistics, loss: Tensor, metrics: dict[str, Tensor], weights: RowWeights) -> Fused:

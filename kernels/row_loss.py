@@ -3,13 +3,14 @@
 The Triton kernels compute the same formulas (`kernels.tl_math`); this is the CPU production path.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.arguments import KL_BOUND, LOG_RATIO_BOUND, LossRows, LossSettings, Segments
-from kernels.segments import segment_sum, spread
+from kernels.segments import segment_sum, sequence_total, spread
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RowLoss:
     shared: Tensor | None = None
     share: Tensor | None = None
     segments: Segments | None = None
+    total: Callable[[Tensor, Segments], Tensor] = sequence_total
 
     def gradient(self, upstream: Tensor) -> Tensor:
         """∂(Σ_t upstream_t·loss_t)/∂logprob [T]; rows with upstream 0 get exactly 0 whatever their slopes hold."""
@@ -33,8 +35,7 @@ class RowLoss:
             return gradient
         assert self.share is not None
         assert self.segments is not None
-        through = segment_sum(weighted(upstream, self.shared), self.segments)
-        return gradient + spread(through, self.segments) * self.share
+        return gradient + self.total(weighted(upstream, self.shared), self.segments) * self.share
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import LossRows, LossSettings, working_dtype
-from kernels.row_loss import RowLoss, row_loss, weighted
-from kernels.rows import RowStatistics, RowWeights
+from kernels.row_loss import row_loss, weighted
+from kernels.rows import RowResult, RowStatistics, RowWeights
 
 CHUNK_BYTES = 128 << 20
 CHUNK_ROWS = 256
@@ -61,6 +61,7 @@ def gradient(
     stats: RowStatistics,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Overwrites raw logits with ∂L/∂logits, given ∂L/∂logprob and ∂L/∂entropy (None: 0) per row.
 
@@ -68,6 +69,7 @@ def gradient(
 
     The target's entry uses 1 − p = −expm1(logprob). A row whose two gradients are 0 becomes 0 whatever it held.
     """
+    assert dtype == logits.dtype, "products and logits share a dtype on this path"
     zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
     e_all = zero.expand_as(grad_logprob) if grad_entropy is None else grad_entropy
     dead = (grad_logprob == 0) & (e_all == 0)
@@ -95,12 +97,14 @@ def loss_and_gradient(
     rows: LossRows,
     weights: RowWeights,
     settings: LossSettings,
-) -> tuple[RowStatistics, RowLoss, Tensor]:
+    dtype: torch.dtype,
+) -> RowResult:
     """Statistics, loss and, in place, ∂(Σ weight·(loss − entropy_coef·entropy))/∂logits of a chunk."""
     stats = statistics(logits, targets, inverse_temperature)
     losses = row_loss(stats.logprob, rows, settings)
-    dz = gradient(logits, targets, inverse_temperature, stats, losses.gradient(weights.loss), weights.entropy)
-    return stats, losses, dz
+    g = losses.gradient(weights.loss)
+    dz = gradient(logits, targets, inverse_temperature, stats, g, weights.entropy, dtype)
+    return RowResult(stats, losses.loss, losses.metrics, dz)
 
 
 def _tiles(logits: Tensor, scratch: int) -> Iterator[tuple]:

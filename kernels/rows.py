@@ -8,6 +8,8 @@ from torch import Tensor
 from kernels.arguments import LossRows, LossSettings
 from kernels.row_loss import RowLoss
 
+METRICS = ("ratio", "clipped_low", "clipped_high", "dual_clipped", "kl")
+
 
 class RowStatistics(NamedTuple):
     """Of z = logits / temperature per row: log-prob of the target and entropy (nats), max z, log Σ e^{z − max}."""
@@ -25,11 +27,20 @@ class RowWeights(NamedTuple):
     entropy: Tensor | None
 
 
+class RowResult(NamedTuple):
+    """Statistics, loss and metrics per row, and the logits' gradient of the whole chunk."""
+
+    stats: RowStatistics
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    dz: Tensor
+
+
 class Backend(Protocol):
     """Row operations of one implementation: the modules `kernels.row_torch` and `kernels.row_triton`.
 
-    `gradient` and `loss_and_gradient` return the logits' gradient as a view into the logits' own memory, ready for the
-    two products of the backward pass.
+    `gradient` and `loss_and_gradient` return the logits' gradient in `dtype`, that of the products' operands, as a view
+    into the logits' own memory.
     """
 
     CHUNK_BYTES: int
@@ -51,6 +62,7 @@ class Backend(Protocol):
         stats: RowStatistics,
         grad_logprob: Tensor,
         grad_entropy: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor: ...
 
     def row_loss(self, logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss: ...
@@ -63,4 +75,5 @@ class Backend(Protocol):
         rows: LossRows,
         weights: RowWeights,
         settings: LossSettings,
-    ) -> tuple[RowStatistics, RowLoss, Tensor]: ...
+        dtype: torch.dtype,
+    ) -> RowResult: ...

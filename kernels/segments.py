@@ -16,6 +16,11 @@ def segment_sum(values: Tensor, segments: Segments) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=segments.offsets, axis=0, unsafe=True, initial=0)
 
 
+def sequence_total(values: Tensor, segments: Segments) -> Tensor:
+    """Each token gets the sum over its sequence: [T] -> [T]."""
+    return spread(segment_sum(values, segments), segments)
+
+
 def spread(per_sequence: Tensor, segments: Segments) -> Tensor:
     """Each token gets its sequence's value: [S] -> [T]."""
     tokens = torch.arange(segments.bounds[-1], device=per_sequence.device)

@@ -1,0 +1,163 @@
+"""Row operations on a chunk of logits with Triton: the launches, and the shapes and dtypes that they need.
+
+Shapes: C rows of the chunk, T tokens, V vocabulary.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import linear_logprob, ragged
+from kernels import policy_loss as policy
+from kernels.arguments import LossRows, LossSettings, Segments
+from kernels.row_loss import RowLoss
+from kernels.rows import METRICS, RowResult, RowStatistics, RowWeights
+
+CHUNK_BYTES = 1280 << 20
+CHUNK_ROWS = 4096
+# One wide program fills an SM, so 132 rows are in flight and a bfloat16 row's second read comes from the L2 cache
+# (132 × 304 KB = 40 MB); several narrow programs per SM would read it from memory.
+ROW_BLOCK = 16384
+ROW_WARPS = 32
+# All that 1024 threads can have: without it ptxas aims at two programs per SM and spills.
+ROW_REGISTERS = 64
+TOKEN_BLOCK = 512
+RATIOS = {"token": 0, "sequence": 1, "cispo": 2}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """As given; raises ValueError for float64, which the kernels would round to float32."""
+    if dtype == torch.float64:
+        raise ValueError("impl='triton' computes in float32, got float64 inputs; use impl='reference' or 'torch'")
+    return dtype
+
+
+def logits_dtype(dtype: torch.dtype, fp32_logits: bool) -> torch.dtype:
+    """float32, or the operands' dtype when half-size logits were asked for."""
+    return torch.float32 if fp32_logits else dtype
+
+
+def statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> RowStatistics:
+    """As `kernels.row_torch.statistics`."""
+    check_device(logits)
+    table = torch.empty(4, logits.shape[0], device=logits.device)
+    arguments = (logits, logits.stride(0), targets, inverse_temperature, table, logits.shape[1])
+    linear_logprob.statistics_kernel[(logits.shape[0],)](
+        *arguments, BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS
+    )
+    return RowStatistics(*table)
+
+
+def gradient(
+    logits: Tensor,
+    targets: Tensor,
+    inverse_temperature: Tensor,
+    stats: RowStatistics,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `kernels.row_torch.gradient`."""
+    check_device(logits)
+    out = _narrow(logits, dtype)
+    linear_logprob.gradient_kernel[(logits.shape[0],)](
+        logits, logits.stride(0), out, out.stride(0), targets, inverse_temperature, *stats,
+        grad_logprob.contiguous(), _contiguous(grad_entropy),
+        logits.shape[1], BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+    )  # fmt: skip
+    return out
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    inverse_temperature: Tensor,
+    rows: LossRows,
+    weights: RowWeights,
+    settings: LossSettings,
+    dtype: torch.dtype,
+) -> RowResult:
+    """As `kernels.row_torch.loss_and_gradient`: one kernel; with a sequence ratio one before the loss and one after."""
+    if settings.ratio == "sequence":
+        stats = statistics(logits, targets, inverse_temperature)
+        losses = row_loss(stats.logprob, rows, settings)
+        g = losses.gradient(weights.loss)
+        dz = gradient(logits, targets, inverse_temperature, stats, g, weights.entropy, dtype)
+        return RowResult(stats, losses.loss, losses.metrics, dz)
+    check_device(logits)
+    out = _narrow(logits, dtype)
+    table = torch.empty(10, logits.shape[0], device=logits.device)
+    linear_logprob.loss_kernel[(logits.shape[0],)](
+        logits, logits.stride(0), out, out.stride(0), targets, inverse_temperature, table,
+        *_loss_arguments(rows), weights.loss, weights.entropy, *_numbers(settings),
+        logits.shape[1], RATIO=RATIOS[settings.ratio], BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+    )  # fmt: skip
+    return RowResult(RowStatistics(*table[:4]), table[4], dict(zip(METRICS, table[5:])), out)
+
+
+def row_loss(logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss:
+    """As `kernels.row_loss.row_loss`."""
+    check_device(logprob)
+    logprob = logprob.contiguous()
+    mean = share = None
+    if settings.ratio == "sequence":
+        assert rows.segments is not None
+        mean, share = torch.empty_like(logprob), torch.empty_like(logprob)
+        ragged.mean_log_ratio_kernel[(max(1, len(rows.segments.bounds) - 1),)](
+            logprob, rows.anchor.contiguous(), rows.mask, _offsets(rows.segments), mean, share, BLOCK=TOKEN_BLOCK
+        )
+    table = torch.empty(8, logprob.shape[0], device=logprob.device)
+    if logprob.shape[0]:
+        policy.policy_loss_kernel[(triton.cdiv(logprob.shape[0], TOKEN_BLOCK),)](
+            logprob, *_loss_arguments(rows), mean, table, logprob.shape[0], *_numbers(settings),
+            RATIO=RATIOS[settings.ratio], BLOCK=TOKEN_BLOCK,
+        )  # fmt: skip
+    loss, slope, shared, *metrics = table
+    named = dict(zip(METRICS, metrics))
+    if mean is None:
+        return RowLoss(loss, slope, named)
+    return RowLoss(loss, slope, named, shared, share, rows.segments, sequence_total)
+
+
+def sequence_total(values: Tensor, segments: Segments) -> Tensor:
+    """As `kernels.segments.sequence_total`."""
+    out = torch.empty_like(values)
+    grid = (max(1, len(segments.bounds) - 1),)
+    ragged.segment_sum_kernel[grid](values.contiguous(), _offsets(segments), None, out, BLOCK=TOKEN_BLOCK)
+    return out
+
+
+def check_device(tensor: Tensor) -> None:
+    """Raises ValueError where Triton cannot run on the tensor."""
+    if not (tensor.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(
+            f"impl='triton' needs a CUDA tensor, got one on {tensor.device}; use impl='torch', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+
+
+def _offsets(segments: Segments) -> Tensor:
+    """At least two offsets, so that a batch of no sequences is one empty sequence."""
+    return segments.offsets if len(segments.bounds) > 1 else segments.offsets.repeat(2)
+
+
+def _block(logits: Tensor) -> int:
+    return min(ROW_BLOCK, triton.next_power_of_2(logits.shape[1]))
+
+
+def _narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first V entries of each row's memory seen as `dtype`: bfloat16 rows then lie two widths apart."""
+    return logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def _loss_arguments(rows: LossRows) -> tuple[Tensor | None, ...]:
+    values = (rows.anchor, rows.advantage, rows.is_weight, rows.ref, rows.kl_weight, rows.mask)
+    return tuple(_contiguous(v) for v in values)
+
+
+def _numbers(settings: LossSettings) -> tuple[float, ...]:
+    return 1 - settings.clip_low, 1 + settings.clip_high, settings.dual_clip, settings.kl_coef
