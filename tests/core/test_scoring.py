@@ -90,12 +90,11 @@ def test_no_reward_is_never_zero():
     assert counts == {"scored": 2, "raised": 1, "none": 1, "non_finite": 2}
 
 
-@pytest.mark.parametrize("hang", ["sleep", "spin"])
-def test_only_the_one_that_hangs_is_lost(hang):
+def test_only_the_one_that_hangs_is_lost():
     completions = [f"score {row}" for row in range(2 * DEPTH)]
-    completions[3] = hang
-    outcomes, counts = run(ACT, completions, timeout_s=0.5)
-    assert outcomes[3] == Outcome(None, "timeout", "no score within 0.5 s")
+    completions[3] = "spin"
+    outcomes, counts = run(ACT, completions, timeout_s=1.5)
+    assert outcomes[3] == Outcome(None, "timeout", "no score within 1.5 s")
     assert all(outcome.reward == row for row, outcome in enumerate(outcomes) if row != 3)
     assert counts == {"scored": 2 * DEPTH - 1, "timeout": 1}
 
@@ -108,7 +107,7 @@ def test_only_the_one_that_crashes_is_lost(crash, ending):
 
 
 def test_every_item_may_hang_in_turn():
-    outcomes, counts = run(ACT, ["sleep"] * 3 + ["score 1"], timeout_s=0.3, workers=2)
+    outcomes, counts = run(ACT, ["sleep"] * 3 + ["score 1"], timeout_s=1.0, workers=2)
     assert outcomes[3].reward == 1.0
     assert counts == {"timeout": 3, "scored": 1}
 
@@ -122,7 +121,7 @@ def test_memory_is_bounded():
 
 def test_large_completions_do_not_block_the_pool():
     # More than a socket holds, behind one that never reads.
-    outcomes, _ = run(ACT, ["sleep", *["score 1" + " " * 400_000 for _ in range(8)]], timeout_s=0.5)
+    outcomes, _ = run(ACT, ["sleep", *["score 1" + " " * 400_000 for _ in range(8)]], timeout_s=1.5)
     assert outcomes[0].failure == "timeout"
     assert [outcome.reward for outcome in outcomes[1:]] == [1.0] * 8
 
@@ -143,7 +142,7 @@ def test_math_answers_that_never_end_end_in_time():
     factorial = RewardItem(prompt="", completion=r"\boxed{(10^{10})!}", answer="12")
     tower = RewardItem(prompt="", completion=r"\boxed{9^{9^{9^{9}}}}", answer="12")
     right = RewardItem(prompt="", completion="Answer: 12", answer="12")
-    outcomes, counts = run("math", [factorial, right, tower, right], timeout_s=1.5)
+    outcomes, counts = run("math", [factorial, right, tower, right], timeout_s=2.0)
     assert outcomes[0].reward is None
     assert outcomes[0].failure in ("timeout", "crashed", "raised")
     assert outcomes[2].reward != 1.0
