@@ -35,16 +35,17 @@ class Variant:
     types: dict[str, str]
     absent: tuple[str, ...] = ()
     warps: int = 4
-    registers: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 def variants() -> list[Variant]:
     """Every kernel, in the dtypes and options that training uses."""
     from kernels import linear_logprob as head
     from kernels import policy_loss, ragged
-    from kernels.row_triton import RATIOS, ROW_BLOCK, ROW_REGISTERS, ROW_WARPS, TOKEN_BLOCK
+    from kernels.ragged_triton import TOKEN_BLOCK
+    from kernels.row_triton import RATIOS, ROW_BLOCK, ROW_OPTIONS
 
-    found, width = [], (ROW_WARPS, ROW_REGISTERS)
+    found, width = [], (ROW_OPTIONS["num_warps"], tuple(ROW_OPTIONS.items()))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
         types = {"logits": f"*{logits}", "out": f"*{out}"}
         name = f"{logits} to {out}"
@@ -88,7 +89,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         if signature[name].startswith("*") or name in INTEGERS:
             hints[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    options = {"num_warps": variant.warps, **dict(variant.options)}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     report = assemble(built.asm["ptx"], capability)
     return {"kernel": variant.label, "chip": CHIPS[capability], "warps": variant.warps,

@@ -156,3 +156,14 @@ def inverse_temperature(temperature: float | Tensor, tokens: int, like: Tensor) 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and losses: float32, or float64 when the inputs are."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def implementation(impl: str, device: torch.device) -> str:
+    """The implementation `impl` names on this device; raises ValueError for an unknown one."""
+    if impl not in ("auto", "triton", "torch", "reference"):
+        raise ValueError(f"impl must be auto, triton, torch or reference, got {impl!r}")
+    if impl != "auto":
+        return impl
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"impl='auto' knows cpu and cuda, got a tensor on {device}; name an implementation")
+    return "torch" if device.type == "cpu" else "triton"

@@ -20,23 +20,13 @@ from kernels.arguments import (
     Segments,
     check_head,
     check_rows,
+    implementation,
     inverse_temperature,
     working_dtype,
 )
 from kernels.reference import LogProb
 
 Metrics = dict[str, Tensor]
-
-
-def implementation(impl: str, device: torch.device) -> str:
-    """The implementation `impl` names on this device; raises ValueError for an unknown one."""
-    if impl not in ("auto", "triton", "torch", "reference"):
-        raise ValueError(f"impl must be auto, triton, torch or reference, got {impl!r}")
-    if impl != "auto":
-        return impl
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"impl='auto' knows cpu and cuda, got a tensor on {device}; name an implementation")
-    return "torch" if device.type == "cpu" else "triton"
 
 
 def linear_logprob(

@@ -7,9 +7,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import linear_logprob, ragged
+from kernels import linear_logprob, ragged_triton
 from kernels import policy_loss as policy
-from kernels.arguments import LossRows, LossSettings, Segments
+from kernels.arguments import LossRows, LossSettings
+from kernels.ragged_triton import TOKEN_BLOCK, check_device
 from kernels.row_loss import RowLoss
 from kernels.rows import METRICS, RowResult, RowStatistics, RowWeights
 
@@ -21,7 +22,8 @@ ROW_BLOCK = 16384
 ROW_WARPS = 32
 # All that 1024 threads can have: without it ptxas aims at two programs per SM and spills.
 ROW_REGISTERS = 64
-TOKEN_BLOCK = 512
+# No fused multiply-add: the kernel that scores and the one that trains must round alike, whatever surrounds the sums.
+ROW_OPTIONS = {"num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS, "enable_fp_fusion": False}
 RATIOS = {"token": 0, "sequence": 1, "cispo": 2}
 
 
@@ -42,9 +44,7 @@ def statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> 
     check_device(logits)
     table = torch.empty(4, logits.shape[0], device=logits.device)
     arguments = (logits, logits.stride(0), targets, inverse_temperature, table, logits.shape[1])
-    linear_logprob.statistics_kernel[(logits.shape[0],)](
-        *arguments, BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS
-    )
+    linear_logprob.statistics_kernel[(logits.shape[0],)](*arguments, BLOCK=_block(logits), **ROW_OPTIONS)
     return RowStatistics(*table)
 
 
@@ -63,7 +63,7 @@ def gradient(
     linear_logprob.gradient_kernel[(logits.shape[0],)](
         logits, logits.stride(0), out, out.stride(0), targets, inverse_temperature, *stats,
         grad_logprob.contiguous(), _contiguous(grad_entropy),
-        logits.shape[1], BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+        logits.shape[1], BLOCK=_block(logits), **ROW_OPTIONS,
     )  # fmt: skip
     return out
 
@@ -90,7 +90,7 @@ def loss_and_gradient(
     linear_logprob.loss_kernel[(logits.shape[0],)](
         logits, logits.stride(0), out, out.stride(0), targets, inverse_temperature, table,
         *_loss_arguments(rows), weights.loss, weights.entropy, *_numbers(settings),
-        logits.shape[1], RATIO=RATIOS[settings.ratio], BLOCK=_block(logits), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+        logits.shape[1], RATIO=RATIOS[settings.ratio], BLOCK=_block(logits), **ROW_OPTIONS,
     )  # fmt: skip
     return RowResult(RowStatistics(*table[:4]), table[4], dict(zip(METRICS, table[5:])), out)
 
@@ -102,10 +102,7 @@ def row_loss(logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss
     mean = share = None
     if settings.ratio == "sequence":
         assert rows.segments is not None
-        mean, share = torch.empty_like(logprob), torch.empty_like(logprob)
-        ragged.mean_log_ratio_kernel[(max(1, len(rows.segments.bounds) - 1),)](
-            logprob, rows.anchor.contiguous(), rows.mask, _offsets(rows.segments), mean, share, BLOCK=TOKEN_BLOCK
-        )
+        mean, share = ragged_triton.mean_log_ratio(logprob, rows, rows.segments)
     table = torch.empty(8, logprob.shape[0], device=logprob.device)
     if logprob.shape[0]:
         policy.policy_loss_kernel[(triton.cdiv(logprob.shape[0], TOKEN_BLOCK),)](
@@ -116,29 +113,7 @@ def row_loss(logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss
     named = dict(zip(METRICS, metrics))
     if mean is None:
         return RowLoss(loss, slope, named)
-    return RowLoss(loss, slope, named, shared, share, rows.segments, sequence_total)
-
-
-def sequence_total(values: Tensor, segments: Segments) -> Tensor:
-    """As `kernels.segments.sequence_total`."""
-    out = torch.empty_like(values)
-    grid = (max(1, len(segments.bounds) - 1),)
-    ragged.segment_sum_kernel[grid](values.contiguous(), _offsets(segments), None, out, BLOCK=TOKEN_BLOCK)
-    return out
-
-
-def check_device(tensor: Tensor) -> None:
-    """Raises ValueError where Triton cannot run on the tensor."""
-    if not (tensor.is_cuda or triton.knobs.runtime.interpret):
-        raise ValueError(
-            f"impl='triton' needs a CUDA tensor, got one on {tensor.device}; use impl='torch', or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
-        )
-
-
-def _offsets(segments: Segments) -> Tensor:
-    """At least two offsets, so that a batch of no sequences is one empty sequence."""
-    return segments.offsets if len(segments.bounds) > 1 else segments.offsets.repeat(2)
+    return RowLoss(loss, slope, named, shared, share, rows.segments, ragged_triton.sequence_total)
 
 
 def _block(logits: Tensor) -> int:
