@@ -121,7 +121,7 @@ def _shade(axes: Axes, share: Sequence[tuple[int, float]], labelled: bool) -> No
     right.fill_between(steps, alphas, step="mid", color=COLOURS["explorer"], alpha=0.13, linewidth=0)
     right.set_ylim(0, 1)
     right.spines[:].set_visible(False)
-    right.tick_params(length=0, labelcolor=COLOURS["explorer"], labelright=labelled)
+    right.tick_params(length=0, labelsize=STYLE["font.size"], labelcolor=COLOURS["explorer"], labelright=labelled)
     right.yaxis.set_major_formatter(PERCENT)
 
 

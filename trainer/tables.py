@@ -25,10 +25,10 @@ def tiles(config: Config, training: Lines, evaluations: Lines, ledger: Mapping[s
         for name, key in pass_at_keys(last):
             gain = 100 * ((last[key] or 0.0) - (first.get(key) or 0.0))
             shown.append((f"{percent_text(first.get(key))} → {percent_text(last[key])}", f"{name}, {gain:+.1f} points"))
-    shown.append((f"{training[-1]['step'] if training else 0}", f"of {config.algorithm.steps} steps"))
+    seconds = sum(line.get("step_time") or 0.0 for line in training)
+    done = training[-1]["step"] if training else 0
+    shown.append((f"{done} of {config.algorithm.steps}", f"steps, {duration_text(seconds)}"))
     if training:
-        seconds = sum(line.get("step_time") or 0.0 for line in training)
-        shown.append((duration_text(seconds), "in training steps"))
         shown.append((_short(training[-1].get("num_tokens") or 0), "tokens trained"))
         rows = [sum(line.get(f"{source}/rows") or 0 for line in training) for source in SOURCES]
         if sum(rows):

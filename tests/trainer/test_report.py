@@ -165,7 +165,7 @@ def test_what_a_model_wrote_is_text_and_never_markup(report):
 
 def test_headline_says_from_what_to_what(report):
     _, text = parsed(report)
-    for part in ("33.0 % → 56.0 %", "pass@1, +23.0 points", "80 of 80 steps", "28% of rows from the explorer",
+    for part in ("33.0 % → 56.0 %", "pass@1, +23.0 points", "80 of 80 steps, 35 s", "28% of rows from the explorer",
                  "328 k tokens trained", "balanced", "2 optimizer updates of 128"):  # fmt: skip
         assert part in text
 
