@@ -208,12 +208,11 @@ def test_a_terminal_gets_a_live_line_and_gets_its_cursor_back(monkeypatch):
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    with os.fdopen(secondary, "w", encoding="utf-8") as stream:
-        with Console(Config(), stream) as console:
-            console.step(step_line(1))
-            console.waiting("7/256 completions", 3.0)
-            console._live.refresh()
-            console.evaluation(evaluation_line(20, 0.4))
+    with os.fdopen(secondary, "w", encoding="utf-8") as stream, Console(Config(), stream) as console:
+        console.step(step_line(1))
+        console.waiting("7/256 completions", 3.0)
+        console._live.refresh()
+        console.evaluation(evaluation_line(20, 0.4))
     reader.join(timeout=60)
     os.close(main)
     shown = b"".join(chunks).decode()
