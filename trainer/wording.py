@@ -18,7 +18,9 @@ FAULTS = {
 def step_text(metrics: Mapping[str, Any], steps: int, eta_s: float, *, brief: bool = False) -> str:
     """One training step in one line; `brief` fits 80 columns beside a bar."""
     parts = [f"step {metrics['step']}/{steps}", f"reward {number_text(metrics.get('reward'))}"]
-    parts.append(f"α {metrics['mix/alpha']:.2f} = {metrics['mix/explorer_quota']}+{metrics['mix/learner_quota']}")
+    parts.append(
+        f"α {metrics['mix/alpha']:.2f} = {metrics['mix/explorer_quota']:.0f}+{metrics['mix/learner_quota']:.0f}"
+    )
     parts += [f"{name} {number_text(metrics[name])}" for name in ("kl", "entropy") if name in metrics and not brief]
     parts.append(f"{metrics.get('tokens_per_second') or 0:,.0f} tok/s")
     if not brief:

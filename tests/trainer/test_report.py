@@ -37,7 +37,7 @@ def training_line(config, step, draw):
         "buffer/resident": 1800 * (1 - done), "fault/dropped": 0,
     }  # fmt: skip
     for source, count, offset in (("explorer", quota.explorer, 0.9), ("learner", quota.learner, 0.0)):
-        line[f"{source}/rows"] = count * prompts
+        line[f"{source}/rows"] = float(count * prompts)
         if count:
             line |= {
                 f"{source}/reward": 0.3 + 0.25 * done * (not offset) - 0.04 * (offset > 0) + draw.gauss(0, 0.03),
