@@ -129,7 +129,7 @@ def verify(path: Path, step: int) -> str | None:
 
 
 def require_private(directory: Path) -> None:
-    """Raise ValueError unless the directory is this user's and not everybody may write to it: its content is trusted."""
+    """Raise ValueError unless the directory is this user's and not writable by everybody: its content is trusted."""
     status = directory.stat()
     if status.st_uid != os.getuid():
         raise ValueError(

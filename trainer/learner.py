@@ -23,7 +23,14 @@ from core.schema import Source
 from trainer.batch import MicroBatch, MiniBatch, StepBatch
 from trainer.correction import check_ratio_kinds, correction_of, needs_explorer_scores, needs_old
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
-from trainer.models import DTYPES, load_model, load_tokenizer, save_model
+from trainer.models import (
+    DTYPES,
+    enable_gradient_checkpointing,
+    load_model,
+    load_tokenizer,
+    save_model,
+    weight_checksum,
+)
 from trainer.objective import Scores, backward, fix_scores, score
 from trainer.optimizer import Optimizer
 from trainer.world import World
@@ -237,20 +244,3 @@ def _to_host(added: Tensor, norm: Tensor, maxima: Tensor) -> tuple[float, float,
         values[1:size].reshape(2, len(SUMS)),
         values[size + 1 :].reshape(2, len(MAXIMA)),
     )
-
-
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in backward; transformers does so only in training mode, so dropout must be 0."""
-    dropout = {name: value for name, value in model.config.to_dict().items() if "dropout" in name and value}
-    if dropout:
-        raise ValueError(
-            f"learner.gradient_checkpointing with a model that drops out: {dropout}; set them to 0 in config.json"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-
-
-def weight_checksum(model: PreTrainedModel) -> str:
-    """Sums over every parameter, as text: equal weights have equal text."""
-    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
-    return sums.cpu().numpy().tobytes().hex()

@@ -80,6 +80,23 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward; transformers does so only in training mode, so dropout must be 0."""
+    dropout = {name: value for name, value in model.config.to_dict().items() if "dropout" in name and value}
+    if dropout:
+        raise ValueError(
+            f"learner.gradient_checkpointing with a model that drops out: {dropout}; set them to 0 in config.json"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def weight_checksum(model: PreTrainedModel) -> str:
+    """Sums over every parameter, as text: equal weights have equal text."""
+    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
+    return sums.cpu().numpy().tobytes().hex()
+
+
 def require_same_tokenizer(learner_dir: Path, explorer_dir: Path) -> None:
     """Raise ValueError unless both directories hold the same tokenizer, special tokens and chat template.
 

@@ -1,5 +1,9 @@
 """Tiny random models, their tokenizer, and groups of made-up completions."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompleti
 
 VOCABULARY = ("<pad>", "<eos>", *map(str, range(50)), "+", "-", "*", "/", "=", ",", ":")
 EOS = 1
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def write_tokenizer(directory: Path, *, chat_template: str | None = None, words: tuple[str, ...] = VOCABULARY) -> None:
@@ -130,3 +135,39 @@ def made_up_row(rng: np.random.Generator, key: CompletionKey, prompt_uid: str, l
         finished_s=0.0,
     )
     return ScoredCompletion(completion=completion, reward=float(rng.integers(2)), text="")
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a Python program as `size` ranks that meet over gloo; their standard outputs. A failing rank is an error."""
+
+    def run(program: str, size: int, *arguments: object, timeout_s: float = 120.0) -> list[str]:
+        script = tmp_path / "program.py"
+        script.write_text(program)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = []
+        for rank in range(size):
+            names = {
+                "RANK": rank,
+                "WORLD_SIZE": size,
+                "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            environment = os.environ | {name: str(value) for name, value in names.items()}
+            environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+            command = [sys.executable, str(script), *map(str, arguments)]
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        try:
+            outputs = [process.communicate(timeout=timeout_s) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert [process.returncode for process in ranks] == [0] * size, "\n".join(err for _, err in outputs)
+        return [out for out, _ in outputs]
+
+    return run
