@@ -19,8 +19,9 @@ REPORT, MODEL = Path("runs/tiny/report.html"), Path("runs/tiny/model")
 def step_line(step, **changes):
     line = {
         "step": step, "reward": 0.25, "mix/alpha": 0.75, "mix/explorer_quota": 6.0, "mix/learner_quota": 2.0,
-        "loss": 0.001, "kl": 0.002, "entropy": 0.31, "tokens_per_second": 12345.6, "step_time": 0.5, "time/wait_for_batch": 0.1,
-        "frac_reward_zero_std": 0.2, "groups/all_fail": 0.15, "groups/all_pass": 0.05, "num_tokens": 3000 * step,
+        "loss": 0.001, "kl": 0.002, "entropy": 0.31, "tokens_per_second": 12345.6, "step_time": 0.5,
+        "time/wait_for_batch": 0.1, "frac_reward_zero_std": 0.2, "groups/all_fail": 0.15, "groups/all_pass": 0.05,
+        "num_tokens": 3000 * step,
     }  # fmt: skip
     return line | changes
 
