@@ -129,7 +129,7 @@ class Reward(Section, kw_only=True):
     function: Annotated[str, Meta(description="\"countdown\", \"math\" (math-verify), or module:function in TRL's or verl's signature.", min_length=1)] = "countdown"
     workers: Annotated[int, Meta(description="Killable scoring processes.", ge=1)] = 1
     timeout_s: Annotated[float, Meta(description="Seconds one completion may take to score before its process is killed and it is dropped.", gt=0)] = 10.0
-    max_tries: Annotated[int, Meta(description="Further samples drawn for a dropped completion before its prompt is dropped.", ge=0)] = 3
+    max_tries: Annotated[int, Meta(description="Further samples drawn per prompt and source in place of completions whose reward failed, before the prompt is dropped.", ge=0)] = 3
 
 
 class Evaluation(Section, kw_only=True):

@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from core.config import Config
+from core.rewards import RewardItem
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source
-from core.scoring import Outcome, RewardPool, ScoreItem
+from core.scoring import Outcome, RewardPool
 from rollout.buffer import ReplayBuffer
 from rollout.demand import Demand
 from rollout.evaluation import Evaluation
@@ -138,6 +139,7 @@ class Mixer:
         best, since = missing(), time.monotonic()
         while not self.buffer.wait(lambda: missing() == 0, POLL_S):
             self.pool.check()
+            self._rewards.check()
             left, now = missing(), time.monotonic()
             if left < best:
                 best, since = left, now
@@ -148,10 +150,10 @@ class Mixer:
 
     def _submit(self, ticket: Ticket, completion: Completion, prompt: Prompt) -> None:
         tokens = completion.tokens.tolist()
-        item = ScoreItem(
+        item = RewardItem(
             prompt=prompt.text,
             completion=self._decode(tokens),
-            token_ids=tokens,
+            completion_ids=tuple(tokens),
             answer=prompt.answer,
             columns=prompt.columns,
         )
@@ -166,7 +168,7 @@ class Mixer:
         elif outcome.reward is not None:
             self.buffer.score(key, outcome.reward, text)
         else:
-            self.buffer.fail_reward(key, f"reward_{outcome.reason}")
+            self.buffer.fail_reward(key, f"reward_{outcome.failure}")
             self._replace(key)
 
     def _replace(self, failed: CompletionKey) -> None:

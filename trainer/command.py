@@ -1,8 +1,11 @@
 """`torchrun trainer/main.py …`: parse, say what is wrong in a line, or train."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 
 from core.configfile import ConfigError, parse_command
 from core.confighelp import explain, help_text
@@ -33,7 +36,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def complain(text: str, code: int) -> int:
-    """One message on the error stream, from one rank."""
+    """One message on the error stream from one rank, and once more in torchrun's own summary below its stack trace."""
     if os.environ.get("RANK", "0") == "0":
         print(f"s2l-po: {text}", file=sys.stderr, flush=True)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        detail = {"py_callstack": text, "timestamp": datetime.now().strftime("%s")}
+        Path(error_file).write_text(json.dumps({"message": {"message": text, "extraInfo": detail}}))
     return code

@@ -13,7 +13,7 @@ from rollout.fingerprint import fingerprints
 from rollout.roster import RoleTerms
 from trainer.console import Console
 from trainer.family import default_cache_root, embedded_family
-from trainer.models import check_same_tokenizer, load_tokenizer, vocab_size
+from trainer.models import require_same_tokenizer, load_tokenizer, vocab_size
 from trainer.prompting import held_out, load_prompts, stop_tokens
 from trainer.world import World
 
@@ -33,7 +33,7 @@ def load_materials(config: Config, world: World, console: Console) -> Materials:
     """Make or find the models, check that they fit together, and lay out the prompts of every step."""
     learner_dir, explorer_dir = model_directories(config, world, console)
     if explorer_dir is not None:
-        check_same_tokenizer(learner_dir, explorer_dir)
+        require_same_tokenizer(learner_dir, explorer_dir)
     tokenizer = load_tokenizer(learner_dir, key="learner.model")
     prompts, report = load_prompts(config, "train", tokenizer)
     eval_prompts: list[Prompt] = []

@@ -73,10 +73,8 @@ class Rollouts:
         self.mixer.resume(step)
 
     def report(self) -> dict[str, Any]:
-        """The ledger, checked against what buffer and workers hold."""
-        return self.pool.quiet(
-            lambda in_flight: self.ledger.report(resident=self.buffer.resident(), in_flight=in_flight)
-        )
+        """The ledger, closed on the pool's thread: nothing arrives while the three counters are compared."""
+        return self.pool.quiet(lambda sources: self.ledger.report(sources, self.buffer.resident()))
 
     def metrics(self) -> dict[str, float]:
         """Gauges of the stream for a training line."""
