@@ -62,7 +62,7 @@ class Hub:
         self._context = zmq.Context()
         self._authenticator = self._authenticate(keys) if keys is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
-        _set_options(self._socket, max_frame_bytes, heartbeat_s, liveness_s)
+        _set_options(self._socket, endpoint, max_frame_bytes, heartbeat_s, liveness_s)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if keys is not None:
@@ -160,7 +160,7 @@ class Link:
         self._codec = worker_codec(max_frame_bytes)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        _set_options(self._socket, max_frame_bytes, heartbeat_s, liveness_s)
+        _set_options(self._socket, endpoint, max_frame_bytes, heartbeat_s, liveness_s)
         self._socket.setsockopt(zmq.ROUTING_ID, name.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -216,7 +216,7 @@ class Link:
         self._context.term()
 
 
-def _set_options(socket: Any, max_frame_bytes: int, heartbeat_s: float, liveness_s: float) -> None:
+def _set_options(socket: Any, endpoint: str, max_frame_bytes: int, heartbeat_s: float, liveness_s: float) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     socket.setsockopt(zmq.RCVHWM, _RECEIVE_FRAMES)
@@ -225,7 +225,7 @@ def _set_options(socket: Any, max_frame_bytes: int, heartbeat_s: float, liveness
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(liveness_s * 1000)))
     socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(liveness_s * 1000)))
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
-    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))  # else an IPv4 address would be bound as a mapped IPv6 one
 
 
 def _bind_problem(endpoint: str, error: zmq.ZMQError) -> str:

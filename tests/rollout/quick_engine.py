@@ -51,7 +51,9 @@ class QuickEngine:
                     logprobs = logprobs * np.float32("nan")
                 if fault == "phantom":
                     tokens = tokens + VOCAB
-                yield Sampled(number, sample, tokens, logprobs, "stop" if len(tokens) < sampling.max_tokens else "length")
+                yield Sampled(
+                    number, sample, tokens, logprobs, "stop" if len(tokens) < sampling.max_tokens else "length"
+                )
 
     def load_weights(self, file: Path) -> None:
         self.loaded.append(file)
