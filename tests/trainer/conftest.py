@@ -23,6 +23,8 @@ VOCABULARY = ("<pad>", "<eos>", *map(str, range(50)), "+", "-", "*", "/", "=", "
 EOS = 1
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
 
 def write_tokenizer(directory: Path, *, chat_template: str | None = None, words: tuple[str, ...] = VOCABULARY) -> None:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -65,6 +67,11 @@ def explorer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("explorer")
     write_model(directory, seed=2, layers=1)
     return directory
+
+
+@pytest.fixture
+def write_tiny_model() -> Callable[..., None]:
+    return write_model
 
 
 @pytest.fixture
