@@ -18,14 +18,14 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A table of the TOML file."""
 
 
-class Run(Section, kw_only=True):
+class Run(Section, frozen=True, kw_only=True):
     dir: Annotated[str, Meta(description="Run directory: everything a run writes.", min_length=1)] = "runs/tiny"
     seed: Annotated[int, Meta(description="Seed of prompts, sampling and the embedded models.", ge=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="Where the learner trains.")] = "auto"
     threads: Annotated[int, Meta(description="Torch threads per process on CPU.", ge=1)] = 1
 
 
-class Algorithm(Section, kw_only=True):
+class Algorithm(Section, frozen=True, kw_only=True):
     steps: Annotated[int, Meta(description="Training steps T.", ge=1)] = 80
     group_size: Annotated[int, Meta(description="Completions per prompt G.", ge=1)] = 8
     anneal_steps: Annotated[int, Meta(description="Steps T_mix over which the explorer's share α falls from 1 to 0; 0 is plain GRPO.", ge=0)] = 40
@@ -41,7 +41,7 @@ class Algorithm(Section, kw_only=True):
     lookahead: Annotated[int, Meta(description="Steps of learner rollouts in flight while a step trains; 0 is Algorithm 1 to the letter.", ge=0)] = 0
 
 
-class Loss(Section, kw_only=True):
+class Loss(Section, frozen=True, kw_only=True):
     ratio: Annotated[Literal["token", "sequence", "cispo"], Meta(description="Token ratio with PPO clip, sequence ratio (GSPO), or CISPO's clipped detached ratio.")] = "token"
     clip_low: Annotated[float, Meta(description="Lower clip ε of the ratio: 1 − ε.", gt=0, le=1)] = 0.2
     clip_high: Annotated[float, Meta(description="Upper clip ε of the ratio: 1 + ε.", gt=0)] = 0.2
@@ -53,7 +53,7 @@ class Loss(Section, kw_only=True):
     overlong: Annotated[Literal["keep", "mask"], Meta(description="Completions cut by the length limit train, or leave the loss (they still count in the group's mean).")] = "keep"
 
 
-class SourceCorrection(Section, kw_only=True):
+class SourceCorrection(Section, frozen=True, kw_only=True):
     anchor: Annotated[Anchor, Meta(description="What the PPO ratio divides by: the learner at the start of the step (π_old), or the policy that sampled the row (μ).")]
     weight: Annotated[Weight, Meta(description="Detached factor on the row's loss that corrects π_old / μ.")]
     cap: Annotated[float, Meta(description="Upper bound of token_tis, sequence_tis and of mixture at α = 1.", gt=0)] = 2.0
@@ -61,13 +61,13 @@ class SourceCorrection(Section, kw_only=True):
     high: Annotated[float, Meta(description="Upper end of the band of icepop and geometric_mask.", gt=0)] = 5.0
 
 
-class Correction(Section, kw_only=True):
+class Correction(Section, frozen=True, kw_only=True):
     explorer: SourceCorrection = SourceCorrection(anchor="sampler", weight="none")
     learner: SourceCorrection = SourceCorrection(anchor="learner", weight="token_tis")
     explorer_negatives: Annotated[Literal["keep", "drop"], Meta(description="Explorer rows with A < 0 train, or leave the loss (they still count in the group's mean and std).")] = "keep"
 
 
-class Learner(Section, kw_only=True):
+class Learner(Section, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face directory of π_θ, or \"embedded:learner\".", min_length=1)] = "embedded:learner"
     dtype: Annotated[Literal["float32", "bfloat16"], Meta(description="Working precision of the learner.")] = "float32"
     learning_rate: Annotated[float, Meta(description="AdamW learning rate.", gt=0)] = 2e-4
@@ -82,7 +82,7 @@ class Learner(Section, kw_only=True):
     max_nonfinite_updates: Annotated[int, Meta(description="Consecutive updates skipped for a non-finite gradient before the run stops.", ge=1)] = 3
 
 
-class Explorer(Section, kw_only=True):
+class Explorer(Section, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face directory of the frozen π_ω, or \"embedded:explorer\".", min_length=1)] = "embedded:explorer"
     processes: Annotated[int, Meta(description="Explorer processes the trainer starts; 0 waits for explorers started by hand.", ge=0)] = 1
     temperature: Annotated[float, Meta(description="Sampling temperature of the explorer.", gt=0)] = 1.0
@@ -92,7 +92,7 @@ class Explorer(Section, kw_only=True):
     ahead_steps: Annotated[int, Meta(description="Steps of explorer completions that may be generated ahead of training.", ge=1)] = 8
 
 
-class Rollout(Section, kw_only=True):
+class Rollout(Section, frozen=True, kw_only=True):
     engine: Annotated[Literal["auto", "torch"], Meta(description="Generation engine of explorers and learner rollouts.")] = "auto"
     processes: Annotated[int, Meta(description="Learner rollout processes.", ge=1)] = 1
     temperature: Annotated[float, Meta(description="Sampling temperature of the learner's rollouts; its log-probs are scored and trained at it too.", gt=0)] = 1.0
@@ -103,7 +103,7 @@ class Rollout(Section, kw_only=True):
     lease_prompts: Annotated[int, Meta(description="Prompts of one lease: the unit of work a process takes, generates as one batch and can lose.", ge=1)] = 32
 
 
-class Stream(Section, kw_only=True):
+class Stream(Section, frozen=True, kw_only=True):
     endpoint: Annotated[str, Meta(description="Where workers connect: \"auto\" (an ipc socket in the run directory), ipc://…, or tcp://host:port. An address that is not loopback needs keys.")] = "auto"
     keys: Annotated[str, Meta(description="Directory of CURVE keys (python -m rollout.keys); empty means none.")] = ""
     credit: Annotated[int, Meta(description="Completions a worker may have leased or unacknowledged.", ge=1)] = 1024
@@ -115,7 +115,7 @@ class Stream(Section, kw_only=True):
     starvation_s: Annotated[float, Meta(description="Seconds the trainer waits with no completion arriving before it stops and says whom it waited for.", gt=0)] = 600.0
 
 
-class Data(Section, kw_only=True):
+class Data(Section, frozen=True, kw_only=True):
     train: Annotated[str, Meta(description="Parquet file of training prompts, or \"embedded:countdown\".", min_length=1)] = "embedded:countdown"
     eval: Annotated[str, Meta(description="Parquet file of held-out prompts, \"embedded:countdown\", or empty for no evaluation.")] = "embedded:countdown"
     prompt_column: Annotated[str, Meta(description="Column of the prompt; auto tries prompt, problem, question, Problem.")] = "auto"
@@ -125,14 +125,14 @@ class Data(Section, kw_only=True):
     overlong: Annotated[Literal["filter", "error"], Meta(description="Prompts above rollout.max_prompt_tokens are filtered and counted, or refused.")] = "filter"
 
 
-class Reward(Section, kw_only=True):
+class Reward(Section, frozen=True, kw_only=True):
     function: Annotated[str, Meta(description="\"countdown\", \"math\" (math-verify), or module:function in TRL's or verl's signature.", min_length=1)] = "countdown"
     workers: Annotated[int, Meta(description="Killable scoring processes.", ge=1)] = 1
     timeout_s: Annotated[float, Meta(description="Seconds one completion may take to score before its process is killed and it is dropped.", gt=0)] = 10.0
     max_tries: Annotated[int, Meta(description="Further samples drawn per prompt and source in place of completions whose reward failed, before the prompt is dropped.", ge=0)] = 3
 
 
-class Evaluation(Section, kw_only=True):
+class Evaluation(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(description="Steps between evaluations; 0 evaluates only before and after.", ge=0)] = 20
     samples: Annotated[int, Meta(description="Completions per held-out problem, n of pass@k.", ge=1)] = 8
     problems: Annotated[int, Meta(description="Held-out problems evaluated; 0 is all of them.", ge=0)] = 256
@@ -142,12 +142,12 @@ class Evaluation(Section, kw_only=True):
     k: Annotated[tuple[int, ...], Meta(description="The k of pass@k; each at most evaluation.samples.")] = (1, 2, 4, 8)
 
 
-class Checkpoint(Section, kw_only=True):
+class Checkpoint(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(description="Steps between checkpoints; the last step is always saved.", ge=1)] = 20
     keep: Annotated[int, Meta(description="Complete checkpoints kept.", ge=1)] = 2
 
 
-class Config(Section, kw_only=True):
+class Config(Section, frozen=True, kw_only=True):
     """A whole run. `Config()` is the embedded default."""
 
     run: Run = Run()

@@ -25,7 +25,7 @@ class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A frozen value; strict at every decode."""
 
 
-class Sampling(Noun, kw_only=True):
+class Sampling(Noun, frozen=True, kw_only=True):
     """How tokens were drawn, and so what their log-probs mean.
 
     `kind`: `processed` is log_softmax(logits / temperature), renormalised over the kept tokens under top_p or top_k;
@@ -47,20 +47,20 @@ class Sampling(Noun, kw_only=True):
         return self.kind == "processed" and self.top_p == 1.0 and self.top_k == 0
 
 
-class Prompt(Noun, kw_only=True):
+class Prompt(Noun, frozen=True, kw_only=True):
     """One question, rendered and tokenised.
 
-    Example: Prompt(uid="7f3a", token_ids=(8, 5, 9, 7, 53, 15, 55), text="8 5 9 7 = 15 :", answer="15")
+    Example: Prompt(uid="7f3a", token_ids=(10, 7, 11, 9, 56, 17, 58), text="8 5 9 7 = 15 :", answer="15")
     """
 
     uid: str  # hash of the question's text; equal questions have equal uids
     token_ids: tuple[int, ...]
     text: str  # what the learner reads, as text (for rewards and reports)
     answer: str  # the gold answer, as the reward function wants it
-    columns: dict[str, str] = {}  # the data set's other columns, for user reward functions
+    columns: dict[str, str] = msgspec.field(default_factory=dict)  # the data set's other columns, for user reward functions
 
 
-class CompletionKey(Noun, kw_only=True, order=True):
+class CompletionKey(Noun, frozen=True, kw_only=True, order=True):
     """Identity of a completion inside a run: it trains at most once.
 
     Example: CompletionKey(source=Source.EXPLORER, step=3, slot=17, sample=0)
@@ -72,7 +72,7 @@ class CompletionKey(Noun, kw_only=True, order=True):
     sample: Annotated[int, Meta(ge=0)]  # 0 … quota−1; replacements count on from there
 
 
-class Completion(Noun, kw_only=True):
+class Completion(Noun, frozen=True, kw_only=True):
     """What a policy answered to one prompt. L tokens, the stop token included.
 
     `tokens` int32 [L] and `logprobs` float32 [L], little-endian, are views of the two byte fields.
@@ -125,7 +125,7 @@ def check_completion(completion: Completion, *, vocab_size: int, max_tokens: int
         raise ValueError(f"log-prob outside [{LOGPROB_FLOOR}, {LOGPROB_CEILING}]: {logprobs.min()} … {logprobs.max()}")
 
 
-class ScoredCompletion(Noun, kw_only=True):
+class ScoredCompletion(Noun, frozen=True, kw_only=True):
     """A completion and its reward.
 
     Example: ScoredCompletion(completion=..., reward=1.0, text="9 - 5 = 4 , ...")
@@ -136,7 +136,7 @@ class ScoredCompletion(Noun, kw_only=True):
     text: str
 
 
-class Group(Noun, kw_only=True):
+class Group(Noun, frozen=True, kw_only=True):
     """All completions of one prompt at one step, with advantages: len(rows) == len(advantages).
 
     Rows stand explorer first, then learner, each by sample index, so that a group does not depend on who arrived first.

@@ -12,7 +12,7 @@ from core.schema import Sampling
 class Request(NamedTuple):
     """One prompt and a seed per wanted completion. A completion is a function of (weights, prompt, sampling, seed).
 
-    Example: Request(prompt_ids=(8, 5, 9, 7, 53, 15, 55), seeds=(11, 12, 13))
+    Example: Request(prompt_ids=(10, 7, 11, 9, 56, 17, 58), seeds=(11, 12, 13))
     """
 
     prompt_ids: Sequence[int]

@@ -92,8 +92,9 @@ class Ledger:
     def report(self, pool: Mapping[str, Mapping[str, Any]], resident: Mapping[Source, int]) -> dict[str, Any]:
         """Both accounts; `conserved` where both equations of both hold."""
         with self._lock:
-            report = {
-                source: account.report(pool[source], resident[source]) for source, account in self._accounts.items()
+            report: dict[str, Any] = {
+                source.value: account.report(pool[source], resident[source])
+                for source, account in self._accounts.items()
             }
         return {**report, "conserved": all(account["conserved"] for account in report.values())}
 

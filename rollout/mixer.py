@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from core.config import Config
 from core.rewards import RewardItem
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source
-from core.scoring import Outcome, RewardPool
+from core.scoring import RewardPool
+from core.scoring_worker import Outcome
 from rollout.buffer import ReplayBuffer
 from rollout.demand import Demand
 from rollout.evaluation import Evaluation

@@ -22,4 +22,4 @@ def train(command: Command) -> None:
                 learner.update(mini_batch)  #                                    20
             metrics = learner.end_step()  #                                      21
             stream.publish(learner)
-            session.finish(step, groups, metrics)  #                             22-23 evaluation and checkpoint when due
+            session.finish(step, groups, metrics)  #                             22-23 evaluation, checkpoint

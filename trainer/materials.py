@@ -13,7 +13,7 @@ from rollout.fingerprint import fingerprints
 from rollout.roster import RoleTerms
 from trainer.console import Console
 from trainer.family import default_cache_root, embedded_family
-from trainer.models import require_same_tokenizer, load_tokenizer, vocab_size
+from trainer.models import load_tokenizer, require_same_tokenizer, vocab_size
 from trainer.prompting import held_out, load_prompts, stop_tokens
 from trainer.world import World
 

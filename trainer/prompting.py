@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -11,7 +12,9 @@ from core.datasets import Question, load_questions
 from core.schema import Prompt
 
 
-def load_prompts(config: Config, which: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[str]]:
+def load_prompts(
+    config: Config, which: Literal["train", "eval"], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[str]]:
     """The prompts of `data.train` or `data.eval`, and lines that say what was read, mapped, removed and filtered."""
     loaded = load_questions(config.data, which, config.run.seed)
     prompts = [to_prompt(question, config, tokenizer) for question in loaded.questions]

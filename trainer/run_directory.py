@@ -62,10 +62,12 @@ class RunDirectory:
 
     def _identity(self) -> tuple[str, int]:
         file = self.path / IDENTITY_FILE
-        saved = json.loads(file.read_text()) if file.exists() else {"run_id": secrets.token_hex(8), "incarnation": 0}
-        saved["incarnation"] += 1
-        write_atomic(file, json.dumps(saved))
-        return saved["run_id"], saved["incarnation"]
+        run_id, incarnation = secrets.token_hex(8), 0
+        if file.exists():
+            saved = json.loads(file.read_text())
+            run_id, incarnation = saved["run_id"], saved["incarnation"]
+        write_atomic(file, json.dumps({"run_id": run_id, "incarnation": incarnation + 1}))
+        return run_id, incarnation + 1
 
     def close(self) -> None:
         """Let another process have the directory."""

@@ -14,6 +14,7 @@ from core.configfile import Command
 from core.confighelp import explain
 from core.configkeys import ConfigError
 from core.datasets import load_questions
+from core.metrics import read_metrics
 from core.schema import Group
 from trainer.batch import StepBatch, pack_step
 from trainer.checkpoint import newest_checkpoint, write_checkpoint
@@ -99,7 +100,8 @@ class Session:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")
-        console = self._closing.enter_context(Console(config))
+        history = read_metrics(self.path) if self.command.resume else ()
+        console = self._closing.enter_context(Console(config, history=history))
         for line in explain(config):
             console.say(line)
         found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None

@@ -1,4 +1,4 @@
-"""What a step's groups say about themselves, under TRL's metric names where the meaning is the same (docs/metrics.md)."""
+"""What a step's groups say about themselves, by TRL's metric names where the meaning is the same (docs/metrics.md)."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str,
             metrics[f"{source}/reward"] = np.mean([row.reward for row in own])
             metrics[f"{source}/length"] = np.mean([len(row.completion.tokens) for row in own])
             metrics[f"{source}/truncated"] = truncated(own)
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
 
 
 def staleness(row: ScoredCompletion, step: int) -> int:
