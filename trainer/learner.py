@@ -88,16 +88,16 @@ class Learner:
         """
         check_ratio_kinds(config)
         torch.manual_seed(config.run.seed)
-        frozen = {"dtype": DTYPES[config.learner.dtype], "device": world.device}
-        model = load_model(checkpoint or model_dir, key="learner.model", **frozen)
+        dtype, device = DTYPES[config.learner.dtype], world.device
+        model = load_model(checkpoint or model_dir, dtype=dtype, device=device, key="learner.model")
         if config.learner.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         reference = explorer = None
         if config.loss.kl_coef > 0:
-            reference = load_model(model_dir, key="learner.model", **frozen).requires_grad_(False)
+            reference = load_model(model_dir, dtype=dtype, device=device, key="learner.model").requires_grad_(False)
         if needs_explorer_scores(config.correction):
             assert explorer_dir is not None, "mixture weights on learner rows need the explorer"
-            explorer = load_model(explorer_dir, key="explorer.model", **frozen).requires_grad_(False)
+            explorer = load_model(explorer_dir, dtype=dtype, device=device, key="explorer.model").requires_grad_(False)
         tokenizer = load_tokenizer(model_dir, key="learner.model")
         learner = cls(config, model, tokenizer, world, reference=reference, explorer=explorer)
         if checkpoint is not None:

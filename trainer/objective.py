@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from core.config import Config, Correction
 from core.schema import Source
+from kernels.arguments import Implementation
 from kernels.ops import linear_logprob, linear_policy_loss
 from trainer.batch import SOURCES, MicroBatch
 from trainer.correction import Evidence, correction_of, correction_weight, needs_old
@@ -39,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, batch: MicroBatch, *, temperature: float, impl: str) -> Tensor:
+def score(model: PreTrainedModel, batch: MicroBatch, *, temperature: float, impl: Implementation) -> Tensor:
     """log-prob of every completion token under `model` at `temperature`, fp32 [T]."""
     hidden_TH = hidden_states(model, batch.ids_RL)[batch.state_T]
     return linear_logprob(hidden_TH, head_weight(model), batch.target_T, temperature=temperature, impl=impl)[0]

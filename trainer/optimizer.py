@@ -74,7 +74,7 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Moments, and masters that are not the parameters themselves, by `kind.parameter name`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if self.updates:
                 found |= {f"{kind}.{name}": self._adamw.state[master][kind] for kind in MOMENTS}
