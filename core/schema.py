@@ -1,4 +1,4 @@
-"""The nouns that flow: Prompt → Completion → ScoredCompletion → Group. Frozen, complete at birth, validated where they enter.
+"""The nouns that flow: Prompt → Completion → ScoredCompletion → Group. Frozen, complete at birth, checked at the door.
 
 Token ids travel, never text; masks come from lengths, never from token values.
 """
@@ -57,7 +57,7 @@ class Prompt(Noun, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     text: str  # what the learner reads, as text (for rewards and reports)
     answer: str  # the gold answer, as the reward function wants it
-    columns: dict[str, str] = msgspec.field(default_factory=dict)  # the data set's other columns, for user reward functions
+    columns: dict[str, str] = msgspec.field(default_factory=dict)  # other columns, for user rewards
 
 
 class CompletionKey(Noun, frozen=True, kw_only=True, order=True):

@@ -1,4 +1,4 @@
-"""What a generation engine is. Explorers and learner rollouts use the same protocol; vLLM and our own engine implement it."""
+"""What a generation engine is: one protocol for explorers and learner rollouts, for vLLM and for our own engine."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ class Engine(Protocol):
     ) -> Iterator[Sampled]:
         """Yield every completion of every request, each as soon as it is finished.
 
-        `on_progress(tokens)` is called after every decode step with the number of tokens it drew: it feeds the heartbeat,
+        `on_progress(tokens)` is called after every decode step with the number of tokens drawn: it feeds the heartbeat,
         so that an engine that hangs is noticed.
         """
         ...

@@ -1,4 +1,4 @@
-"""Entry point: `torchrun trainer/main.py [configs/NAME.toml] [section.key=value …] [--dry-run] [--resume] [--clean]`."""
+"""Entry point: torchrun trainer/main.py [configs/NAME.toml] [section.key=value …] [--dry-run] [--resume] [--clean]."""
 
 import sys
 from pathlib import Path

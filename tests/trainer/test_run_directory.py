@@ -62,7 +62,7 @@ def test_two_processes_cannot_hold_one_directory_and_a_dead_one_lets_go(tmp_path
 
 def test_resume_refuses_another_computation_and_allows_another_machine(tmp_path: Path) -> None:
     RunDirectory(config(tmp_path), resume=False, clean=False).close()
-    with pytest.raises(ConfigError, match="algorithm.group_size: 8 → 16"):
+    with pytest.raises(ConfigError, match=r"algorithm\.group_size: 8 → 16"):
         RunDirectory(config(tmp_path, group_size=16), resume=True, clean=False)
     longer = msgspec.structs.replace(config(tmp_path, steps=100), run=Run(dir=str(tmp_path), threads=4))
     RunDirectory(longer, resume=True, clean=False).close()
