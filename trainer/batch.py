@@ -63,14 +63,13 @@ class MicroBatch:
     advantage_T: Tensor  # float32
     sampler_T: Tensor  # float32: log μ
     explorer_share_T: Tensor  # float32
-    token_weight_T: Tensor  # float32; 1 over the whole update's tokens under token_mean
+    token_weight_T: Tensor  # float32: the factor of the token in the update's loss (`token_weights`)
 
     def to(self, device: torch.device) -> Self:
         """The same micro-batch with its tensors on `device`."""
-        tensors = {
-            name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "start_R1"
-        }
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        names = [name for name, value in vars(self).items() if isinstance(value, Tensor) and name != "start_R1"]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
