@@ -39,7 +39,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     Example: Recipe(learner_steps=2, explorer_steps=2) is made in a second, for tests.
     """
 
-    learner: Shape = Shape(layers=3, hidden=96, heads=4, intermediate=256, init_std=0.05)
+    # From large initial weights the learner memorises more of its traces, so that the explorer passes it at pass@8.
+    learner: Shape = Shape(layers=3, hidden=96, heads=4, intermediate=256, init_std=0.1)
     explorer: Shape = Shape(layers=2, hidden=64, heads=2, intermediate=192, init_std=0.08)
     head_dim: int = 32  # the smallest that vLLM's attention takes
     rope_theta: float = 1e4
@@ -47,8 +48,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 96  # traces of one update
     learner_steps: int = 450
     learner_rate: float = 4e-3
-    explorer_steps: int = 500
-    explorer_rate: float = 6e-3
+    explorer_steps: int = 600
+    explorer_rate: float = 8e-3
     distil: float = 0.7  # share of KL(learner‖explorer) in the explorer's loss; the rest is cross-entropy
     warmup: int = 30
     beta2: float = 0.95

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import trainer.family
 from core.countdown import WORDS, encode, problems, verify
 from trainer.family import Family, default_cache_root, embedded_family
-from trainer.pretrain import Recipe, build_model, larger_first, make_family, read_traces
+from trainer.pretrain import Recipe, Shape, build_model, larger_first, make_family, read_traces
 
-QUICK = Recipe(learner_steps=3, explorer_steps=3, batch=16, threads=1)
+SMALL = Shape(layers=1, hidden=16, heads=1, intermediate=16, init_std=0.1)
+QUICK = Recipe(learner=SMALL, explorer=SMALL, learner_steps=3, explorer_steps=3, batch=16, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,8 @@ def contents(family: Family) -> dict[str, bytes]:
     return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
-def test_transformers_loads_both_models(cache: Path) -> None:
-    family = embedded_family(cache, 0, recipe=QUICK)
+def test_transformers_loads_both_models(tmp_path: Path) -> None:
+    family = embedded_family(tmp_path, 0, recipe=Recipe(learner_steps=1, explorer_steps=1, batch=2))
     ids = torch.tensor([encode("8 5 9 7 = 15 :")])
     for folder, layers, hidden, heads in ((family.learner, 3, 96, 4), (family.explorer, 2, 64, 2)):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -87,8 +89,8 @@ def test_equal_seeds_give_equal_bytes(cache: Path, tmp_path: Path) -> None:
 
 
 def test_seed_and_recipe_name_the_directory(tmp_path: Path) -> None:
-    least = Recipe(learner_steps=1, explorer_steps=1, batch=2, threads=1)
-    other = Recipe(learner_steps=1, explorer_steps=1, batch=3, threads=1)
+    least = msgspec.structs.replace(QUICK, learner_steps=1, explorer_steps=1, batch=2)
+    other = msgspec.structs.replace(least, batch=3)
     families = [embedded_family(tmp_path, seed, recipe=recipe) for seed, recipe in ((0, least), (1, least), (0, other))]
     assert len({family.learner.parent.name for family in families}) == 3
     assert len({contents(family)["learner/model.safetensors"] for family in families}) == 3
@@ -96,7 +98,9 @@ def test_seed_and_recipe_name_the_directory(tmp_path: Path) -> None:
 
 def test_progress_rises_to_one_and_the_loss_falls(tmp_path: Path) -> None:
     said: list[tuple[str, float]] = []
-    recipe = Recipe(learner_steps=40, explorer_steps=20, batch=16, warmup=5, threads=1)
+    recipe = msgspec.structs.replace(
+        QUICK, learner_steps=40, explorer_steps=20, warmup=5, learner_rate=0.02, explorer_rate=0.02
+    )
     embedded_family(tmp_path, 0, recipe=recipe, on_progress=lambda text, fraction: said.append((text, fraction)))
     fractions = [fraction for _, fraction in said]
     assert len(said) == 60
@@ -112,7 +116,7 @@ def test_progress_rises_to_one_and_the_loss_falls(tmp_path: Path) -> None:
 def test_the_caller_keeps_its_threads_and_random_numbers(tmp_path: Path) -> None:
     torch.manual_seed(7)
     threads, expected = torch.get_num_threads(), torch.random.get_rng_state()
-    recipe = Recipe(learner_steps=1, explorer_steps=1, batch=2, threads=threads + 1)
+    recipe = msgspec.structs.replace(QUICK, threads=threads + 1)
     embedded_family(tmp_path, 0, recipe=recipe)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), expected)
