@@ -92,8 +92,14 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     options = {"num_warps": variant.warps, **dict(variant.options)}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     report = assemble(built.asm["ptx"], capability)
-    return {"kernel": variant.label, "chip": CHIPS[capability], "warps": variant.warps,
-            "shared_bytes": built.metadata.shared, **report}  # fmt: skip
+    return {
+        "kernel": variant.label,
+        "function": variant.kernel.__name__,
+        "chip": CHIPS[capability],
+        "warps": variant.warps,
+        "shared_bytes": built.metadata.shared,
+        **report,
+    }
 
 
 def assemble(ptx: str, capability: int) -> dict[str, int]:

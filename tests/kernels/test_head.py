@@ -1,0 +1,55 @@
+"""The head as a module: in a Hugging Face model, tied and untied."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from kernels.head import LogprobHead, LogprobModel
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 67,
+}  # fmt: skip
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request):
+    return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=request.param, **TINY))
+
+
+def test_installing_keeps_parameters_names_and_logits(model):
+    ids = torch.randint(0, 67, (2, 9))
+    before, names = model(input_ids=ids).logits, list(dict(model.named_parameters()))
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    head = LogprobHead.install(model)
+    assert LogprobHead.install(model) is head is model.lm_head
+    assert list(dict(model.named_parameters())) == names
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_the_model_answers_with_log_probs_and_a_loss(model):
+    ids = torch.randint(0, 67, (2, 9))
+    rows = torch.tensor([2, 3, 4, 12, 13])
+    targets = ids.flatten()[rows + 1]
+    advantage = torch.randn(5)
+    wanted = torch.log_softmax(model(input_ids=ids).logits.flatten(0, 1)[rows], -1)[torch.arange(5), targets]
+    (wanted * -advantage).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    scorer = LogprobModel(model)
+    with torch.no_grad():
+        logprob, _ = scorer({"input_ids": ids}, rows, targets)
+    torch.testing.assert_close(logprob, wanted.detach(), atol=1e-5, rtol=1e-5)
+    loss, trained, _, metrics = scorer({"input_ids": ids}, rows, targets, logprob, advantage)
+    loss.backward()
+    assert torch.equal(trained, logprob)
+    assert torch.equal(metrics["ratio"], torch.ones(5))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_with_a_bias_is_refused(model):
+    model.set_output_embeddings(torch.nn.Linear(32, 67))
+    with pytest.raises(ValueError, match="no bias"):
+        LogprobHead.install(model)

@@ -1,0 +1,185 @@
+"""Each implementation against float64: its error may not exceed that of plain PyTorch in the working dtype."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import ops, row_triton
+
+IMPLS = ["torch", "triton"]
+# Garbage behind a mask is computed and then dropped by where(); NumPy, not the GPU, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks per row, and a last block that is not full."""
+    monkeypatch.setattr(row_triton, "ROW_BLOCK", 512)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (1, 2), (5, 33), (17, 1187), (0, 33)])
+@pytest.mark.parametrize("resident", [True, False])
+def test_linear_logprob(impl, tokens, vocabulary, resident, head_case, run_scored, no_worse):
+    head = head_case(tokens, vocabulary, dtype=torch.float32)
+    pull = torch.randn(2, tokens)
+    ours = run_scored(impl, *head, pull, resident=resident, chunk_rows=16)
+    theirs = run_scored("reference", *head, pull)
+    truth = run_scored("reference", head[0].double(), head[1].double(), head[2], pull)
+    no_worse(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_linear_policy_loss(impl, ratio, entropy_coef, head_case, loss_rows, run_fused, no_worse):
+    head = head_case(37, 601, dtype=torch.float32)
+    temperature = 0.5 + torch.rand(37)
+    rows = loss_rows(*head, temperature)
+    cu_seqlens = torch.tensor([0, 1, 1, 14, 29, 37])
+    options = {"ratio": ratio, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, "temperature": temperature}
+    ours = run_fused(impl, *head, rows, chunk_rows=16, **options)
+    theirs = run_fused("reference", *head, rows, **options)
+    truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, **options)
+    for flag in ("clipped_low", "clipped_high", "dual_clipped"):
+        assert torch.equal(ours.pop(flag), truth.pop(flag))
+        theirs.pop(flag)
+    no_worse(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_sequence_longer_than_a_chunk_takes_a_second_pass(impl, head_case, loss_rows, run_fused, no_worse):
+    head = head_case(40, 65, dtype=torch.float32)
+    rows = loss_rows(*head)
+    options = {"ratio": "sequence", "cu_seqlens": torch.tensor([0, 33, 40])}
+    ours = run_fused(impl, *head, rows, chunk_rows=16, **options)
+    theirs = run_fused("reference", *head, rows, **options)
+    truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, **options)
+    no_worse(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
+def test_policy_loss_on_given_logprobs(impl, ratio, no_worse):
+    tokens = 67
+    values = SimpleNamespace(logprob=-4 * torch.rand(tokens), mask=torch.rand(tokens) < 0.8)
+    anchor = torch.where(values.mask, values.logprob + torch.randn(tokens), torch.nan)
+    advantage, pull = torch.randn(tokens), torch.randn(tokens)
+    ref = values.logprob + torch.randn(tokens)
+    cu_seqlens = torch.tensor([0, 20, 20, 50, 67])
+
+    def run(name, dtype):
+        logprob = values.logprob.to(dtype, copy=True).requires_grad_()
+        loss, metrics = ops.policy_loss(
+            logprob, anchor, advantage, impl=name, ref_logprob=ref, kl_coef=0.1, ratio=ratio, cu_seqlens=cu_seqlens,
+            mask=values.mask,
+        )  # fmt: skip
+        (loss * pull).sum().backward()
+        return {"loss": loss.detach(), "gradient": logprob.grad, **metrics}
+
+    no_worse(run(impl, torch.float32), run("reference", torch.float32), run("reference", torch.float64))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("fp32_logits", [True, False])
+def test_bfloat16_operands(impl, fp32_logits, head_case, loss_rows, run_fused, no_worse):
+    head = head_case(20, 300, dtype=torch.bfloat16)
+    rows = loss_rows(*head)
+    # The interpreter truncates where a GPU rounds to nearest, so its bfloat16 gradients have twice the rounding error,
+    # and bfloat16 logits move a ratio across a clip: without clips only rounding is left.
+    slack = 2e-2 if fp32_logits or impl == "torch" else 0.1
+    wide = {} if fp32_logits else {"clip_low": 1.0, "clip_high": 1e3, "dual_clip": 1e4}
+    ours = run_fused(impl, *head, rows, chunk_rows=16, fp32_logits=fp32_logits, **wide)
+    theirs = run_fused("reference", *head, rows, **wide)
+    truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, **wide)
+    for flag in ("clipped_low", "clipped_high", "dual_clipped"):
+        ours.pop(flag), theirs.pop(flag), truth.pop(flag)
+    assert ours["d_weight"].dtype == torch.bfloat16
+    no_worse(ours, theirs, truth, slack=slack)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_vocabulary_of_qwen3(impl, head_case, loss_rows, run_fused, no_worse, monkeypatch):
+    monkeypatch.setattr(row_triton, "ROW_BLOCK", 1 << 16)
+    head = head_case(5, 151_936, width=4, dtype=torch.float32)
+    rows = loss_rows(*head)
+    ours = run_fused(impl, *head, rows, chunk_rows=16, entropy_coef=0.01)
+    theirs = run_fused("reference", *head, rows, entropy_coef=0.01)
+    truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, entropy_coef=0.01)
+    no_worse(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_frozen_operands_get_no_gradient(impl, head_case, loss_rows):
+    hidden, weight, targets = head_case(20, 40, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    for frozen in ("hidden", "weight"):
+        h, w = hidden.clone().requires_grad_(frozen != "hidden"), weight.clone().requires_grad_(frozen != "weight")
+        loss, *_ = ops.linear_policy_loss(h, w, targets, rows.anchor, rows.advantage, impl=impl, **rows.options)
+        loss.backward()
+        assert (h.grad is None) == (frozen == "hidden")
+        assert (w.grad is None) == (frozen == "weight")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_frozen_head_costs_two_products(impl, head_case, loss_rows, monkeypatch):
+    from kernels import products
+
+    counted = []
+    for name in ("logits", "hidden_gradient", "weight_gradient"):
+        real = getattr(products, name)
+        monkeypatch.setattr(
+            products, name, lambda *a, real=real, name=name, **k: (counted.append(name), real(*a, **k))[1]
+        )
+    hidden, weight, targets = head_case(20, 40, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    arguments = (targets, rows.anchor, rows.advantage)
+    ops.linear_policy_loss(hidden.requires_grad_(), weight, *arguments, impl=impl, chunk_rows=32, **rows.options)
+    assert counted == ["logits", "hidden_gradient"]
+    counted.clear()
+    ops.linear_policy_loss(hidden, weight.requires_grad_(), *arguments, impl=impl, chunk_rows=32, **rows.options)
+    assert counted == ["logits", "hidden_gradient", "weight_gradient"]
+    counted.clear()
+    with torch.no_grad():
+        ops.linear_policy_loss(hidden, weight, *arguments, impl=impl, chunk_rows=32, **rows.options)
+    assert counted == ["logits"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_main_grad_receives_the_weight_gradient_in_place(impl, head_case, loss_rows, run_fused):
+    hidden, weight, targets = head_case(37, 40, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    wanted = run_fused(impl, hidden, weight, targets, rows, chunk_rows=16)
+    main_grad = torch.ones_like(weight)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, *_ = ops.linear_policy_loss(
+        h, w, targets, rows.anchor, rows.advantage, impl=impl, main_grad=main_grad, chunk_rows=16, **rows.options
+    )
+    loss.backward()
+    assert w.grad is None
+    assert torch.equal(h.grad, wanted["d_hidden"])
+    torch.testing.assert_close(main_grad - 1, wanted["d_weight"], atol=1e-6, rtol=0)
+
+
+def test_main_grad_refuses_a_scaled_loss(head_case, loss_rows):
+    hidden, weight, targets = head_case(8, 40, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    loss, *_ = ops.linear_policy_loss(
+        hidden, weight.requires_grad_(), targets, rows.anchor, rows.advantage,
+        main_grad=torch.zeros_like(weight), **rows.options,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="upstream gradient of 1"):
+        (loss / 2).backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_upstream_gradient_scales_both_gradients(impl, head_case, loss_rows, run_fused):
+    hidden, weight, targets = head_case(9, 40, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    plain = run_fused(impl, hidden, weight, targets, rows)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, *_ = ops.linear_policy_loss(h, w, targets, rows.anchor, rows.advantage, impl=impl, **rows.options)
+    (loss * 0.25).backward()
+    assert torch.equal(h.grad, plain["d_hidden"] * 0.25)
+    assert torch.equal(w.grad, plain["d_weight"] * 0.25)
