@@ -119,7 +119,7 @@ def _parquet(key: str, name: str, data: Data) -> Loaded:
             questions.append(_question(turns, gold, _texts(others, index)))
         row += 1
     if not questions:
-        raise ValueError(f"{key}: {name} holds no rows")
+        raise ValueError(f"{key}: {name} holds no rows; give a file with at least one question")
     lines = [
         f"{key}: {name}, {row:,} rows, {len(questions):,} questions ({duplicates:,} duplicates removed)",
         f"{key}: prompt from column {prompt}, answer from column {answer}",

@@ -13,6 +13,8 @@ import msgspec
 from core.schema import Completion, CompletionKey, ScoredCompletion, Source
 from rollout.ledger import Ledger
 
+PROMPT_DROPPED = "prompt_dropped"
+
 
 class BufferState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a checkpoint keeps: arrived completions without their rewards (scoring is repeated), and failed keys."""
@@ -36,11 +38,12 @@ class ReplayBuffer:
         self._arrived: dict[int, dict[CompletionKey, Completion]] = defaultdict(dict)
         self._scored: dict[int, dict[CompletionKey, ScoredCompletion]] = defaultdict(dict)
         self._failed: dict[int, set[CompletionKey]] = defaultdict(set)
+        self._dropped_slots: dict[int, set[int]] = defaultdict(set)
         self._trained_step = 0
         self._error: Exception | None = None
 
     def insert(self, completion: Completion) -> bool:
-        """True if it is new; otherwise it is counted as rejected."""
+        """True if it is to be scored; otherwise it is counted, as rejected or as dropped with its prompt."""
         key = completion.key
         with self._changed:
             if key.step <= self._trained_step:
@@ -48,9 +51,12 @@ class ReplayBuffer:
             elif key in self._arrived[key.step] or key in self._failed[key.step]:
                 reason = "duplicate"
             else:
+                self.ledger.insert(key.source)
+                if key.slot in self._dropped_slots[key.step]:
+                    self.ledger.drop(key.source, PROMPT_DROPPED)
+                    return False
                 self._arrived[key.step][key] = completion
                 self.num_bytes += completion.num_bytes
-                self.ledger.insert(key.source)
                 self._changed.notify_all()
                 return True
         self.ledger.reject(key.source, reason)
@@ -80,6 +86,15 @@ class ReplayBuffer:
                     self.ledger.drop(key.source, reason)
             self._changed.notify_all()
 
+    def drop_prompt(self, step: int, slot: int) -> None:
+        """Give up a prompt of a step: what it has and what still arrives is dropped, and nothing of it is missing."""
+        with self._changed:
+            self._dropped_slots[step].add(slot)
+            for key in [key for key in self._arrived.get(step, {}) if key.slot == slot]:
+                self._remove(key)
+                self.ledger.drop(key.source, PROMPT_DROPPED)
+            self._changed.notify_all()
+
     def take(self, step: int, keys: list[CompletionKey]) -> None:
         """`keys` train at `step`: they leave the buffer for good; what else the step holds is dropped as spare."""
         with self._changed:
@@ -91,7 +106,7 @@ class ReplayBuffer:
                 self._remove(key)
                 self.ledger.drop(key.source, "spare")
             self._trained_step = step
-            for table in (self._arrived, self._scored, self._failed):
+            for table in (self._arrived, self._scored, self._failed, self._dropped_slots):
                 table.pop(step, None)
 
     def scored(self, step: int) -> dict[CompletionKey, ScoredCompletion]:
@@ -99,15 +114,11 @@ class ReplayBuffer:
         with self._changed:
             return dict(self._scored.get(step, {}))
 
-    def num_scored(self, step: int) -> int:
-        """How many completions of the step have a reward."""
+    def missing(self, step: int, *, prompts: int, per_prompt: int) -> int:
+        """Scored completions that the step still lacks, of those of its prompts that are not dropped."""
         with self._changed:
-            return len(self._scored.get(step, {}))
-
-    def keys_of(self, step: int, slot: int) -> list[CompletionKey]:
-        """Resident completions of one prompt."""
-        with self._changed:
-            return [key for key in self._arrived.get(step, {}) if key.slot == slot]
+            kept = prompts - len(self._dropped_slots.get(step, ()))
+            return kept * per_prompt - len(self._scored.get(step, {}))
 
     def failed(self, step: int) -> set[CompletionKey]:
         """A snapshot of the step's keys whose reward failed."""

@@ -17,7 +17,9 @@ class Demand:
 
     def __init__(self, config: Config, prompts: PromptSchedule, stop_token_ids: tuple[int, ...]) -> None:
         self.config = config
-        self.prompts_at = lru_cache(maxsize=64)(prompts.at)
+        # Leases of a step are made before its completions come, on one thread: others only ever find it cached.
+        steps_in_use = config.explorer.ahead_steps + config.algorithm.lookahead + 2
+        self.prompts_at = lru_cache(maxsize=2 * steps_in_use)(prompts.at)
         rollout, explorer = config.rollout, config.explorer
         self.sampling = {
             Source.EXPLORER: Sampling(

@@ -6,8 +6,8 @@ waits for    the last scored completion of the step
 unblocked by a score, a failed reward (which asks for a replacement), an error, or a deadline
 """
 
+import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from core.config import Config
@@ -53,8 +53,8 @@ class Mixer:
         self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
         self._decode, self._on_wait = decode, on_wait
         self._requested = dict.fromkeys(Source, 0)  # last step asked for
+        self._replacing = threading.Lock()  # rewards fail on the scorer's thread and, after a resume, on the trainer's
         self._replaced: set[CompletionKey] = set()
-        self._dropped_slots: dict[int, set[int]] = defaultdict(set)
         self._evaluation: Evaluation | None = None
         reward = config.reward
         self._rewards = RewardPool(
@@ -82,8 +82,6 @@ class Mixer:
                 self._submit(("eval", key), completion, self._evaluation.prompts[key.slot])
         elif self.buffer.insert(completion):
             self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
-            if key.slot in self._dropped_slots[key.step]:
-                self.buffer.drop([key], "prompt_dropped")
 
     def collect(self, step: int) -> tuple[Group, ...]:
         """Wait until every prompt of `step` is complete or dropped, and take its groups out of the buffer."""
@@ -94,8 +92,8 @@ class Mixer:
             raise RuntimeError(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
         self.buffer.drop(rescued, "rescued")
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows])
-        self._dropped_slots.pop(step, None)
-        self._replaced = {key for key in self._replaced if key.step > step}
+        with self._replacing:
+            self._replaced = {key for key in self._replaced if key.step > step}
         return groups
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
@@ -115,7 +113,8 @@ class Mixer:
             key = completion.key
             self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
         for key in state.failed:
-            self._replace(key)
+            with self._replacing:
+                self._replace(key)
 
     def close(self) -> None:
         """Stop scoring."""
@@ -131,8 +130,8 @@ class Mixer:
 
     def _missing(self, step: int) -> int:
         """Scored completions that `step` still lacks."""
-        prompts = len(self.demand.prompts_at(step)) - len(self._dropped_slots[step])
-        return prompts * sum(self.demand.quota(step)) - self.buffer.num_scored(step)
+        prompts, per_prompt = len(self.demand.prompts_at(step)), sum(self.demand.quota(step))
+        return self.buffer.missing(step, prompts=prompts, per_prompt=per_prompt)
 
     def _wait(self, what: str, missing: Callable[[], int]) -> None:
         """Sleep until nothing is missing; say what for; stop with a name when nothing comes any more."""
@@ -170,7 +169,8 @@ class Mixer:
             self.buffer.score(key, outcome.reward, text)
         else:
             self.buffer.fail_reward(key, f"reward_{outcome.failure}")
-            self._replace(key)
+            with self._replacing:
+                self._replace(key)
 
     def _replace(self, failed: CompletionKey) -> None:
         """Ask for further samples of the same source and prompt, one for each that failed, while tries last."""
@@ -178,8 +178,7 @@ class Mixer:
             key for key in self.buffer.failed(failed.step) if (key.source, key.slot) == (failed.source, failed.slot)
         ]
         if len(same) > self.config.reward.max_tries:
-            self._dropped_slots[failed.step].add(failed.slot)
-            self.buffer.drop(self.buffer.keys_of(failed.step, failed.slot), "prompt_dropped")
+            self.buffer.drop_prompt(failed.step, failed.slot)
             return
         first = self.demand.count(failed.source, failed.step)
         for sample in range(first, first + len(same)):

@@ -12,7 +12,7 @@ from rollout.demand import Demand
 from rollout.fingerprint import fingerprints
 from rollout.roster import RoleTerms
 from trainer.console import Console
-from trainer.family import default_cache_root, embedded_family
+from trainer.family import Family, default_cache_root, embedded_family
 from trainer.models import load_tokenizer, require_same_tokenizer, vocab_size
 from trainer.prompting import held_out, load_prompts, stop_tokens
 from trainer.world import World
@@ -51,21 +51,31 @@ def load_materials(config: Config, world: World, console: Console) -> Materials:
 
 
 def model_directories(config: Config, world: World, console: Console) -> tuple[Path, Path | None]:
-    """Where π_θ and π_ω lie. Rank 0 makes the embedded family first if it is asked for and not cached."""
-    wants_explorer = explorer_needed(config) or config.correction.learner.weight == "mixture"
-    embedded = config.learner.model.startswith(EMBEDDED)
-    if embedded and world.is_main:
+    """Where π_θ and π_ω lie. Rank 0 makes the embedded family first if one of them is of it and it is not cached."""
+    names = [config.learner.model]
+    if explorer_needed(config) or config.correction.learner.weight == "mixture":
+        names.append(config.explorer.model)
+    directories = [Path(name) for name in names]
+    if any(name.startswith(EMBEDDED) for name in names):
+        family = shared_family(config.run.seed, world, console)
+        directories = [
+            Path(getattr(family, name.removeprefix(EMBEDDED))) if name.startswith(EMBEDDED) else Path(name)
+            for name in names
+        ]
+    return directories[0], directories[1] if len(directories) > 1 else None
 
-        def show(text: str, fraction: float) -> None:
-            console.progress(text, round(100 * fraction), 100)
 
-        embedded_family(default_cache_root(), config.run.seed, on_progress=show)
-    if embedded:
-        # Making it may take longer than a collective waits on a busy machine.
-        world.barrier("the embedded models", timeout_s=1800.0)
-        family = embedded_family(default_cache_root(), config.run.seed)
-        return family.learner, family.explorer if wants_explorer else None
-    return Path(config.learner.model), Path(config.explorer.model) if wants_explorer else None
+def shared_family(seed: int, world: World, console: Console) -> Family:
+    """The embedded models, made by rank 0 while the others wait."""
+
+    def show(text: str, fraction: float) -> None:
+        console.progress(text, round(100 * fraction), 100)
+
+    if world.is_main:
+        embedded_family(default_cache_root(), seed, on_progress=show)
+    # Making it may take longer than a collective waits on a busy machine.
+    world.barrier("the embedded models", timeout_s=1800.0)
+    return embedded_family(default_cache_root(), seed)
 
 
 def role_terms(materials: Materials) -> dict[Source, RoleTerms]:

@@ -31,8 +31,10 @@ def load_prompts(
             raise ConfigError(f'data.{which}: {said}; raise the limit, or filter them with data.overlong = "filter"')
         lines.append(f"{said}: filtered")
     if not kept:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
         raise ConfigError(
-            f"data.{which}: no prompt is left of {config.data.train if which == 'train' else config.data.eval}"
+            f"data.{which}: all {len(prompts)} prompts exceed rollout.max_prompt_tokens = {limit} "
+            f"(shortest: {shortest}); raise the limit to keep some"
         )
     return kept, lines
 

@@ -71,7 +71,7 @@ class Session:
         return pack_step(groups, self.config, rank=self.world.rank, world_size=self.world.size)
 
     def evaluate_first(self) -> None:
-        """Evaluate π_θ before its first step; a resumed run has done so."""
+        """Evaluate π_θ before its first step."""
         if self.learner.step == 0:
             self._evaluate(0)
         if self.recorder is not None:
@@ -144,10 +144,9 @@ class Session:
         return rollouts
 
     def _evaluate(self, step: int) -> None:
-        if self.materials.eval_prompts:
-            rows = self.stream.evaluate(step, self.materials.eval_prompts)
-            if self.recorder is not None:
-                self.recorder.evaluation(step, summarise(rows, self.config.evaluation))
+        prompts, recorder = self.materials.eval_prompts, self.recorder
+        if prompts and recorder is not None and step not in recorder.log.evaluated_steps:
+            recorder.evaluation(step, summarise(self.stream.evaluate(step, prompts), self.config.evaluation))
 
     def _save(self, step: int) -> None:
         """A checkpoint of everything a resumed run needs, with a Hugging Face directory inside."""

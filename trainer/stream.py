@@ -57,8 +57,10 @@ class Rollouts:
         file = self.path / "weights" / f"version_{learner.step:06d}.safetensors"
         sha256 = learner.write_weights(file)
         self.pool.publish_weights(learner.step, file, sha256)
-        for old in sorted(file.parent.glob("version_*.safetensors"))[:-KEPT_WEIGHTS]:
-            old.unlink()
+        versions = sorted(file.parent.glob("version_*.safetensors"))
+        newest = versions.index(file)  # later ones are of a killed start that had come further
+        for other in (*versions[: max(newest + 1 - KEPT_WEIGHTS, 0)], *versions[newest + 1 :]):
+            other.unlink()
 
     def save(self, directory: Path) -> None:
         """Write what arrived and did not train yet, and the accounts, for a checkpoint."""

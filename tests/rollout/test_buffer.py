@@ -146,7 +146,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(slot=st.integers(0, 2))
     def drop_prompt(self, slot: int) -> None:
-        self.buffer.drop(self.buffer.keys_of(self.step, slot), "prompt_dropped")
+        self.buffer.drop_prompt(self.step, slot)
 
     @rule()
     def train(self) -> None:
