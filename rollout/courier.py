@@ -144,8 +144,7 @@ class Courier:
         except Exception as error:  # the thread's boundary: the main thread raises it
             kind: Literal["refused", "failed"] = "refused" if isinstance(error, FrameError) else "failed"
             self._end(Ended(kind, str(error) or repr(error)))
-        if self._leaving is not None:
-            self._link.send([Leave(reason=self._leaving)])
+        self._link.send([Leave(reason=self._leaving or f"told to: {self._ended}")])
 
     def _greet(self) -> None:
         while self._welcome is None and self._ended is None and self._leaving is None:

@@ -9,10 +9,7 @@ unblocked by a frame, a submission, a tick of the clock
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,17 +18,18 @@ from core.config import Config
 from core.schema import Completion, Source
 from rollout.children import Children, Exit
 from rollout.endpoints import ENDPOINT_FILE, private_ipc
+from rollout.errands import Errands
 from rollout.frame import session_of
 from rollout.keys import trainer_keys
 from rollout.leases import LeaseBook
-from rollout.messages import FromTrainer, Grant, Lease, Stop, Weights, Welcome
-from rollout.peers import State
+from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights, Welcome
+from rollout.peers import ABLE_TO_WORK, State
 from rollout.roster import RoleTerms, Roster
 from rollout.status import counters, hopeless, waiting_line
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
 _ANSWER_S = 5.0  # how long a question to the pool's thread may take
-_GRACE_S = 1.6  # for each of: ending by themselves, SIGTERM, SIGKILL; together below five seconds
+_LEAVE_S, _GRACE_S = 1.0, 1.2  # for Leave; then for each of exit, SIGTERM and SIGKILL: together below five seconds
 
 
 T = TypeVar("T")
@@ -47,6 +45,8 @@ class WorkerPool:
     `run_id`, `incarnation`: the run and the count of its starts; frames of any other are refused.
     `may_grant(lease)` (pool's thread): False holds a lease back, as while the buffer is full; `nudge` asks again.
     `worker_arguments` go to every spawned worker.
+
+    Call nothing that returns a value while you hold a lock that `on_completion` takes: both would wait for each other.
 
     Example:
         with WorkerPool(config, run_id="7f3a", incarnation=1, terms=terms, on_completion=receive) as pool:
@@ -88,7 +88,7 @@ class WorkerPool:
             self._run_dir, threads=config.run.threads, max_restarts=max_restarts, arguments=worker_arguments
         )
         self._exits: dict[str, Exit] = {}  # the last of each child
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._errands = Errands(self._hub.wake)
         self._stop_reason: str | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
@@ -96,37 +96,41 @@ class WorkerPool:
 
     def spawn(self, role: Source, index: int) -> None:
         """Start a worker process on this machine; it is started again when it dies, a bounded number of times."""
-        self._do(lambda: self._children.start(role, index, self.endpoint))
+        self._errands.send(lambda: self._children.start(role, index, self.endpoint))
 
     def submit(self, leases: Sequence[Lease]) -> None:
         """Queue leases. ValueError where one exceeds stream.max_frame_mb."""
         for lease in leases:
             self._hub.frame_bytes([Grant(lease=lease)])
-        self._do(lambda: self._submit(leases))
+        self._errands.send(lambda: self._submit(leases))
 
     def publish_weights(self, version: int, file: Path, sha256: str) -> None:
         """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
         weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
-        self._do(lambda: [self._send(peer.identity, [message]) for peer, message in self._roster.publish(weights)])
+        self._errands.send(
+            lambda: [self._send(peer.identity, [message]) for peer, message in self._roster.publish(weights)]
+        )
 
     def nudge(self) -> None:
         """Ask `may_grant` again now."""
-        self._do(lambda: None)
+        self._errands.send(lambda: None)
 
     def waiting_for(self) -> str:
         """One line: what is missing, from whom, and since when."""
         try:
-            return self._ask(lambda: waiting_line(self._roster, time.monotonic()))
-        except FutureTimeout:
+            return self._errands.ask(lambda: waiting_line(self._roster, time.monotonic()), timeout_s=_ANSWER_S)
+        except TimeoutError:
             return f"the pool's own thread, which is busy for more than {_ANSWER_S:g} s"
 
     def counters(self) -> dict[str, Any]:
         """Counts since the start: by source (promise 1), by worker, and of faults."""
-        return self._ask(lambda: counters(self._roster, self._children, self._hub.counts))
+        return self._errands.ask(self._count, timeout_s=_ANSWER_S)
 
     def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:
         """`look(counters()["sources"])` on the pool's thread, so that no completion arrives meanwhile. Hold no lock."""
-        answer: T = self._ask(lambda: look(counters(self._roster, self._children, self._hub.counts)["sources"]))
+        answer: T = self._errands.ask(
+            lambda: look(counters(self._roster, self._children, self._hub.counts)["sources"]), timeout_s=_ANSWER_S
+        )
         return answer
 
     def check(self) -> None:
@@ -134,8 +138,10 @@ class WorkerPool:
         if self._error is not None:
             raise RuntimeError(f"the worker pool stopped: {self._error}") from self._error
         try:
-            problem = self._ask(lambda: hopeless(self._roster, self._children, self._exits))
-        except FutureTimeout:
+            problem = self._errands.ask(
+                lambda: hopeless(self._roster, self._children, self._exits), timeout_s=_ANSWER_S
+            )
+        except TimeoutError:
             return  # busy is not lost; waiting_for says it
         if problem:
             raise WorkersLost(problem)
@@ -160,19 +166,6 @@ class WorkerPool:
     ) -> None:
         self.close("the run is over" if error is None else f"the trainer failed: {error!r}"[:200])
 
-    def _do(self, action: Callable[[], Any]) -> Future[Any]:
-        """Have the pool's thread do something; an error in it ends the pool and is raised by `check`."""
-        answer: Future[Any] = Future()
-        self._commands.append((action, answer))
-        if self._stop_reason is None:
-            self._hub.wake()
-        return answer
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        if not self._thread.is_alive():
-            return question()
-        return self._do(question).result(timeout=_ANSWER_S)
-
     def _run(self) -> None:
         try:
             while self._stop_reason is None:
@@ -180,11 +173,20 @@ class WorkerPool:
         except Exception as error:  # the thread's boundary: `check` raises it on the trainer's thread
             self._error = error
         finally:
-            reason = self._stop_reason or f"the trainer failed: {self._error!r}"[:200]
-            for peer in list(self._roster.peers.values()):
-                self._send(peer.identity, [Stop(reason=reason)])
+            self._stop_workers(self._stop_reason or f"the trainer failed: {self._error!r}"[:200])
             self._children.stop(grace_s=_GRACE_S)
-            self._answer_commands()
+            self._errands.close()
+
+    def _stop_workers(self, reason: str) -> None:
+        """Say Stop, and stay until each worker that listens has left: a closed socket would take the word back."""
+        listening = {peer.identity for peer in self._roster.peers.values() if peer.state in ABLE_TO_WORK}
+        for identity in self._roster.peers:
+            self._send(identity, [Stop(reason=reason)])
+        deadline = time.monotonic() + _LEAVE_S
+        while listening and time.monotonic() < deadline:
+            for peer, _, messages, _ in self._hub.poll(0.05):
+                if any(isinstance(message, Leave) for message in messages):
+                    listening.discard(peer)
 
     def _turn(self) -> None:
         received = self._hub.poll(min(0.25, self.config.stream.heartbeat_s / 2))
@@ -196,7 +198,7 @@ class WorkerPool:
                 replies = self._roster.hear(peer, session, messages, now)
             if replies:
                 self._send(peer, replies)
-        self._answer_commands()
+        self._errands.run()
         for child in self._children.reap(now, self.endpoint):
             self._exits[child.name] = child
             self._roster.process_ended(child.pid, socket.gethostname(), child.line())
@@ -212,18 +214,19 @@ class WorkerPool:
             if not self._send(peer.identity, [grant]):
                 self._book.retract(peer.name, grant.lease.lease_id)
 
+    def _count(self) -> dict[str, Any]:
+        return counters(self._roster, self._children, self._hub.counts)
+
+    def _problem(self) -> str:
+        return hopeless(self._roster, self._children, self._exits)
+
+    def _publish(self, weights: Weights) -> None:
+        for peer, message in self._roster.publish(weights):
+            self._send(peer.identity, [message])
+
     def _submit(self, leases: Sequence[Lease]) -> None:
         for lease in leases:
             self._book.submit(lease)
-
-    def _answer_commands(self) -> None:
-        while self._commands:
-            action, answer = self._commands.popleft()
-            try:
-                answer.set_result(action())
-            except Exception as error:
-                answer.set_exception(error)
-                raise
 
     def _send(self, peer: bytes, messages: Sequence[FromTrainer]) -> bool:
         return self._hub.send(peer, messages)

@@ -22,6 +22,7 @@ from rollout.wake import Wake
 
 MAX_FRAMES_PER_POLL = 256
 _RECEIVE_FRAMES, _SEND_FRAMES = 64, 512
+_LAST_WORDS_MS = 500
 _MONITORED = {
     zmq.EVENT_DISCONNECTED: "disconnected",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "handshake_failed",
@@ -138,10 +139,10 @@ class Hub:
         self._wake.set()
 
     def close(self) -> None:
-        """Close sockets and threads."""
+        """Close sockets and threads; the last messages have half a second to leave."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        self._socket.close(linger=_LAST_WORDS_MS)
         if self._authenticator is not None:
             self._authenticator.stop()
         self._wake.close()

@@ -12,7 +12,7 @@ from core.schema import Completion, CompletionKey, Sampling, Source, pack_logpro
 from core.seeds import completion_seed
 from rollout.fingerprint import fingerprints
 from rollout.frame import session_of
-from rollout.messages import Deliver, FromTrainer, FromWorker, Heartbeat, Hello, Join, Lease, LeaseItem, Welcome
+from rollout.messages import Deliver, FromTrainer, FromWorker, Heartbeat, Hello, Join, Lease, LeaseItem, Leave, Welcome
 from rollout.wire import Link
 
 T = TypeVar("T")
@@ -33,7 +33,8 @@ def make_lease(
         keys = [CompletionKey(source=source, step=step, slot=slot, sample=sample) for sample in range(samples)]
         seeds = tuple(completion_seed(0, purpose, key) for key in keys)
         items.append(LeaseItem(
-            slot=slot, prompt_uid=f"p{slot}", prompt_bytes=pack_tokens((5, 6, 7)), samples=tuple(range(samples)), seeds=seeds
+            slot=slot, prompt_uid=f"p{slot}", prompt_bytes=pack_tokens((5, 6, 7)), samples=tuple(range(samples)),
+            seeds=seeds,
         ))  # fmt: skip
     return Lease(
         lease_id=f"{purpose}-{source}-{step}-{number}", purpose=purpose, source=source, step=step, version=version,
@@ -66,11 +67,11 @@ class Sink:
     def wait(self, count: int, check: Callable[[], None] = lambda: None) -> None:
         """Until `count` completions are here; `check` raises where that is in vain."""
         deadline = time.monotonic() + HANG_GUARD_S
-        with self._changed:
-            while len(self.completions) < count:
-                assert time.monotonic() < deadline, f"{len(self.completions)} of {count} completions"
+        while len(self.completions) < count:
+            assert time.monotonic() < deadline, f"{len(self.completions)} of {count} completions"
+            with self._changed:
                 self._changed.wait(0.1)
-                check()
+            check()  # it asks the pool's thread, which must not wait for this lock
 
 
 def eventually(true: Callable[[], object], what: str = "") -> None:
@@ -141,8 +142,9 @@ class ScriptedWorker:
         )  # fmt: skip
 
     def deliver(self, seq: int, lease: Lease, slot: int, sample: int, **changes: object) -> Deliver:
-        completion = make_completion(lease, slot, sample, worker=self.name, **changes)
+        completion = make_completion(lease, slot, sample, **({"worker": self.name} | changes))
         return Deliver(seq=seq, lease_id=lease.lease_id, purpose=lease.purpose, completion=completion)
 
     def close(self) -> None:
-        self.link.close()
+        self.link.send([Leave(reason="the test is over")])
+        self.link.close(linger_s=0.2)
