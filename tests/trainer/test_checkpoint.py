@@ -84,6 +84,22 @@ def test_the_manifest_lists_every_file(tmp_path):
     assert verify(path, 1) is None
 
 
+def test_everything_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    really_sync = os.fsync
+
+    def sync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        really_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    path = write(tmp_path, 1)
+    assert synced[-1] == tmp_path
+    names = {str(file.relative_to(synced[0].parents[0])) for file in synced[:-1]}
+    assert names >= {*FILES, "trainer", "."}
+    assert all(file.is_relative_to(tmp_path) and path not in (file, *file.parents) for file in synced)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         write(tmp_path, step, keep=2)

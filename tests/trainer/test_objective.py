@@ -9,7 +9,7 @@ import torch
 from core.schema import Source, pack_logprobs
 from trainer.batch import pack_step
 from trainer.learner import Learner
-from trainer.objective import backward
+from trainer.objective import backward, fix_scores
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -94,8 +94,9 @@ def plain_update_loss(model, old_model, reference, groups, config):
 def test_a_second_update_equals_plain_autograd(tiny_config, made_up_groups, learner_dir, explorer_dir, overrides):
     config = tiny_config({"learner.grad_clip": 1e9, "loss.kl_coef": 0.1, "learner.warmup_updates": 0, **overrides})
     learner, plain, start = (load(config, learner_dir, explorer_dir) for _ in range(3))
-    groups = near_policy(made_up_groups(), start.model, config.rollout.temperature)
+    groups = near_policy(made_up_groups(explorer=1, learner=3), start.model, config.rollout.temperature)
     batch = pack_step(groups, config)
+    assert any(len(micro.sources) == 2 for mini in batch.mini_batches for micro in mini.micro_batches)
     learner.begin_step(batch)
     optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     for mini_batch, members in zip(batch.mini_batches, (groups[:2], groups[2:])):
@@ -172,3 +173,50 @@ def test_a_sampler_log_prob_of_minus_ten_thousand_stays_finite(tiny_config, made
     assert math.isfinite(found["loss"])
     assert math.isfinite(found["grad_norm"])
     assert learner.skipped_updates == 0
+
+
+@pytest.mark.parametrize("explorer_anchor", ["sampler", "learner"])
+@pytest.mark.parametrize("learner_anchor", ["sampler", "learner"])
+def test_each_row_takes_the_anchor_and_weight_of_its_source(tiny_config, explorer_anchor, learner_anchor, mixed_batch):
+    config = tiny_config(
+        {
+            "correction.explorer.anchor": explorer_anchor,
+            "correction.explorer.weight": "luffy",
+            "correction.learner.anchor": learner_anchor,
+            "correction.learner.weight": "token_tis",
+            "correction.learner.cap": 1e6,
+        }
+    )
+    batch = mixed_batch(config)
+    old, ref = batch.sampler_T - 0.5, batch.sampler_T - 1
+    scores = fix_scores(batch, config, old_T=old, explorer_T=None, ref_T=ref)
+    from_learner = batch.source_T == 1
+    for selected, anchor in ((~from_learner, explorer_anchor), (from_learner, learner_anchor)):
+        expected = old if anchor == "learner" else batch.sampler_T
+        assert torch.equal(scores.anchor_T[selected], expected[selected])
+    torch.testing.assert_close(scores.is_weight_T[from_learner], torch.full_like(old, math.exp(-0.5))[from_learner])
+    luffy = 0.1 * old.exp() / (old.exp() + 0.1) ** 2
+    torch.testing.assert_close(scores.is_weight_T[~from_learner], luffy[~from_learner])
+    assert scores.kl_weight_T.tolist() == from_learner.float().tolist()
+
+
+def test_uncorrected_rows_have_no_weight_and_the_sampler_as_anchor(tiny_config, mixed_batch):
+    config = tiny_config({"correction.learner.anchor": "sampler", "correction.learner.weight": "none"})
+    batch = mixed_batch(config)
+    scores = fix_scores(batch, config, old_T=None, explorer_T=None, ref_T=None)
+    assert torch.equal(scores.anchor_T, batch.sampler_T)
+    assert scores.is_weight_T is None
+    assert scores.kl_weight_T is None
+
+
+@pytest.fixture
+def mixed_batch(made_up_groups):
+    """One micro-batch of explorer and learner rows."""
+
+    def pack(config):
+        (mini_batch,) = pack_step(made_up_groups(prompts=1), config).mini_batches
+        (batch,) = mini_batch.micro_batches
+        assert batch.sources == frozenset(Source)
+        return batch
+
+    return pack
