@@ -107,9 +107,7 @@ class WorkerPool:
     def publish_weights(self, version: int, file: Path, sha256: str) -> None:
         """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
         weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
-        self._errands.send(
-            lambda: [self._send(peer.identity, [message]) for peer, message in self._roster.publish(weights)]
-        )
+        self._errands.send(lambda: self._publish(weights))
 
     def nudge(self) -> None:
         """Ask `may_grant` again now."""
@@ -128,19 +126,14 @@ class WorkerPool:
 
     def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:
         """`look(counters()["sources"])` on the pool's thread, so that no completion arrives meanwhile. Hold no lock."""
-        answer: T = self._errands.ask(
-            lambda: look(counters(self._roster, self._children, self._hub.counts)["sources"]), timeout_s=_ANSWER_S
-        )
-        return answer
+        return self._errands.ask(lambda: look(self._count()["sources"]), timeout_s=_ANSWER_S)
 
     def check(self) -> None:
         """Raise WorkersLost where work is left that no worker can do, or the pool's own error."""
         if self._error is not None:
             raise RuntimeError(f"the worker pool stopped: {self._error}") from self._error
         try:
-            problem = self._errands.ask(
-                lambda: hopeless(self._roster, self._children, self._exits), timeout_s=_ANSWER_S
-            )
+            problem = self._errands.ask(self._problem, timeout_s=_ANSWER_S)
         except TimeoutError:
             return  # busy is not lost; waiting_for says it
         if problem:
