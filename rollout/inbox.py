@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from rollout.messages import Lease, Weights
 
-_WEIGHTS_KEPT = 4
+_WEIGHTS_KEPT = 2  # the trainer keeps no more files
 
 
 class Task(NamedTuple):

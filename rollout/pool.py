@@ -44,7 +44,7 @@ class WorkerPool:
 
     `run_id`, `incarnation`: the run and the count of its starts; frames of any other are refused.
     `may_grant(lease)` (pool's thread): False holds a lease back, as while the buffer is full; `nudge` asks again.
-    `worker_arguments` go to every spawned worker.
+    `on_event(line)` (pool's thread): a worker came, went, hangs, was restarted. `worker_arguments`: of spawned workers.
 
     Call nothing that returns a value while you hold a lock that `on_completion` takes: both would wait for each other.
 
@@ -57,13 +57,15 @@ class WorkerPool:
     def __init__(
         self, config: Config, *, run_id: str, incarnation: int, terms: Mapping[Source, RoleTerms],
         on_completion: Callable[[str, Completion], None], may_grant: Callable[[Lease], bool] | None = None,
-        worker_arguments: tuple[str, ...] = (), max_restarts: int = 3,
+        on_event: Callable[[str], None] = lambda line: None, worker_arguments: tuple[str, ...] = (),
+        max_restarts: int = 3,
     ) -> None:  # fmt: skip
         if len({role.fingerprints.tokenizer for role in terms.values()}) > 1:
             raise ValueError(
                 f"explorer and learner have different tokenizers: {[str(role.model_dir) for role in terms.values()]}"
             )
         self.config, self._run_dir, self._may_grant = config, Path(config.run.dir), may_grant
+        self._on_event = on_event
         stream = config.stream
         self._temporary: Path | None = None
         address = stream.endpoint
@@ -81,6 +83,7 @@ class WorkerPool:
         self._roster = Roster(
             self._book, session=self._hub.session, welcome=_welcome(config, run_id, incarnation), terms=terms,
             liveness_s=stream.liveness_s, hang_s=stream.lease_timeout_s, on_completion=on_completion,
+            on_event=on_event,
         )  # fmt: skip
         if stream.keys:
             worker_arguments = ("--keys", str(Path(stream.keys).resolve()), *worker_arguments)
@@ -194,6 +197,7 @@ class WorkerPool:
         self._errands.run()
         for child in self._children.reap(now, self.endpoint):
             self._exits[child.name] = child
+            self._on_event(f"{child.line()}; {'it is not' if child.fatal else 'it is'} started again")
             self._roster.process_ended(child.pid, socket.gethostname(), child.line())
         if len(received) < MAX_FRAMES_PER_POLL:  # all that was said is heard, so that silence is silence
             self._roster.tick(now)

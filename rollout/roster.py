@@ -60,6 +60,7 @@ class Roster:
     def __init__(
         self, book: LeaseBook, *, session: int, welcome: Welcome, terms: Mapping[Source, RoleTerms],
         liveness_s: float, hang_s: float, on_completion: Callable[[str, Completion], None],
+        on_event: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.book, self.session, self.terms = book, session, terms
         self.liveness_s, self.hang_s = liveness_s, hang_s
@@ -69,7 +70,7 @@ class Roster:
         self.problems: dict[str, str] = {}  # the last one of each kind, in words
         self.weights: Weights | None = None
         self.accepted_s: float | None = None  # when the last completion was accepted
-        self._welcome, self._on_completion = welcome, on_completion
+        self._welcome, self._on_completion, self._on_event = welcome, on_completion, on_event
         self._bad_in_a_row: Counter[bytes] = Counter()
         self._ticked_s: float | None = None
 
@@ -191,6 +192,7 @@ class Roster:
         if not peer.greeted:
             peer.greeted, peer.state = True, State.READY
             self.book.admit(peer.name, peer.role)
+            self._on_event(f"{peer.name} is ready (pid {peer.join.pid} on {peer.join.host})")
             return self._weights_for(peer)
         return []
 
@@ -220,6 +222,7 @@ class Roster:
             return []
         peer.state = State.READY if peer.greeted else State.LOADING
         self.events["revived"] += 1
+        self._on_event(f"{peer.name} is back")
         if not peer.greeted:
             return []
         self.book.admit(peer.name, peer.role)
@@ -237,7 +240,8 @@ class Roster:
         return Refused(reason=reason)
 
     def _end(self, peer: Peer, state: State, why: str) -> None:
+        lost = self.book.lose(peer.name)
         if peer.state != state:  # the first reason says more than what follows from it
             self.events[state.value] += 1
             peer.state, peer.why = state, why
-        self.book.lose(peer.name)
+            self._on_event(f"{peer.name} is {state}{why and ': '}{why}; {lost} of its leases go to others")

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import quick_engine
+from chaos_proxy import ChaosProxy
 from stream_parts import SAMPLING, ScriptedWorker, Sink, eventually, make_lease, make_model
 
 from core.config import Config
@@ -435,14 +436,23 @@ def test_leases_of_a_killed_or_stopped_explorer_go_to_the_other(
         eventually(lambda: pool.counters()["events"]["restarted"] == 1)
 
 
+@pytest.mark.parametrize(
+    ("fault", "event"),
+    [
+        ("hang", "hung"),
+        ("hang with the interpreter", "dead"),
+    ],  # the first one beats all the time; libzmq's thread always
+)
 def test_an_explorer_that_hangs_loses_its_lease_and_is_named(
-    make_pool: PoolMaker, config: Config, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    make_pool: PoolMaker, sink: Sink, monkeypatch: pytest.MonkeyPatch, fault: str, event: str
 ) -> None:
-    monkeypatch.setenv("QUICK_FAIL", "hang")
-    pool, wanted = make_pool(), leases(2)
+    monkeypatch.setenv("QUICK_FAIL", fault)
+    said: list[str] = []
+    pool, wanted = make_pool(on_event=said.append), leases(2)
     pool.spawn(Source.EXPLORER, 0)
     pool.submit(wanted)
-    eventually(lambda: pool.counters()["events"].get("hung"))  # it beats all the time
+    eventually(lambda: pool.counters()["events"].get(event))
+    assert any(line.startswith("explorer-0.") and f"is {event}; 2 of its leases" in line for line in said)
     monkeypatch.delenv("QUICK_FAIL")
     pool.spawn(Source.EXPLORER, 1)
     sink.wait(32, pool.check)
@@ -450,6 +460,32 @@ def test_an_explorer_that_hangs_loses_its_lease_and_is_named(
     hung = pid_of(pool, "explorer-0")
     pool.close("enough")
     assert not Path(f"/proc/{hung}").exists()
+
+
+def test_frames_lost_doubled_reordered_and_damaged_change_no_count(
+    make_pool: PoolMaker, sink: Sink, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUICK_PACE_S", "0.001")
+    pool, wanted = make_pool(), leases(24)
+    proxy = ChaosProxy(pool.endpoint, seed=0, chance=0.3)
+    pool.endpoint = proxy.endpoint  # workers that are spawned from now on
+    try:
+        for index in range(2):
+            pool.spawn(Source.EXPLORER, index)
+        pool.submit(wanted)
+        sink.wait(384, pool.check)
+        eventually(lambda: explorer(pool)["in_flight"] == 0 and all_idle(pool))
+    finally:
+        pool.close()
+        proxy.close()
+    assert all_exact(sink, wanted)
+    counts = pool.counters()
+    assert counts["balanced"]
+    assert explorer(pool)["accepted"] == {"train": 384}
+    assert set(explorer(pool)["rejected"]) <= {"duplicate"}
+    assert counts["bad_frames"]["damaged"] >= 1
+    assert explorer(pool)["resent"] >= 1
+    assert min(proxy.counts[fate] for fate in ("drop", "double", "late", "flip")) >= 5
 
 
 def test_a_worker_that_fails_at_start_up_ends_the_run_with_its_log(
