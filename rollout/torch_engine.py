@@ -15,6 +15,7 @@ from rollout.torch_sampling import draw, row_keys, uniforms
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Finished rows leave when this part of the batch is still open: leaving costs about half a step of the rest.
 _COMPACT_AT = 3 / 4
+_NOISE_BLOCK = 32
 
 
 class TorchEngine:
@@ -51,14 +52,16 @@ class TorchEngine:
     ) -> Iterator[Sampled]:
         """Check the requests, then yield every completion of every request, each as soon as it is finished.
 
-        `on_progress(tokens)` is called after every decode step with the number of tokens it drew. One token and its
-        log-prob per row cross from the device each step, in one copy.
+        `on_progress(tokens)` is called after every decode step with the number of tokens it drew. The host waits for
+        the device once a step, for each row's token and log-prob.
         """
         self._check(requests, sampling)
         return self._stream(requests, sampling, on_progress or (lambda tokens: None))
 
     def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
         limit = self._model.shape.max_positions
+        if outside := [token for token in sampling.stop_token_ids if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"stop tokens {outside} are outside the vocabulary 0 … {self.vocab_size - 1}")
         for index, request in enumerate(requests):
             ids = request.prompt_ids
             if not len(ids):
@@ -80,10 +83,14 @@ class TorchEngine:
         if not len(rows.open):
             return
         logits, cache = self._prefill(requests, sampling.max_tokens)
+        stops = np.zeros(self.vocab_size, dtype=bool)
+        stops[list(sampling.stop_token_ids)] = True
         for step in range(sampling.max_tokens):
+            if step % _NOISE_BLOCK == 0:
+                rows.noise = uniforms(rows.keys, range(step, step + _NOISE_BLOCK))
             drawn = self._draw(logits, rows, step, sampling)
             on_progress(int(rows.open.sum()))
-            stopped = rows.open & np.isin(rows.tokens[:, step], sampling.stop_token_ids)
+            stopped = rows.open & stops[rows.tokens[:, step]]
             last = step + 1 == sampling.max_tokens
             for row in np.flatnonzero(rows.open if last else stopped):
                 yield rows.finished(row, step + 1, "stop" if stopped[row] else "length")
@@ -120,11 +127,9 @@ class TorchEngine:
 
     def _draw(self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling) -> torch.Tensor:
         """Draw token number `step` of every row and note it on the host; int64 [B] on the device."""
-        tokens, logprobs = draw(logits, self._tensor(uniforms(rows.keys, step)), sampling)
-        # Both are exact in float64, so one copy brings them over.
-        both = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
-        rows.tokens[:, step], rows.logprobs[:, step] = both
-        if not np.isfinite(both[1]).all():
+        tokens, logprobs = draw(logits, self._tensor(rows.noise[step % _NOISE_BLOCK]), sampling)
+        rows.tokens[:, step], rows.logprobs[:, step] = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        if not np.isfinite(rows.logprobs[:, step]).all():
             raise ValueError(f"the model gives logits that are not finite at new token {step}: its weights are broken")
         return tokens
 
@@ -138,18 +143,19 @@ class _Rows:
     tokens: np.ndarray  # int32 [B, M]
     logprobs: np.ndarray  # float32 [B, M]
     open: np.ndarray  # bool [B]: not finished
+    noise: np.ndarray  # float64 [_NOISE_BLOCK, B]: of the tokens of the current block of positions
 
     @staticmethod
     def of(requests: Sequence[Request], max_tokens: int) -> "_Rows":
-        names = [(r, s) for r, request in enumerate(requests) for s in range(len(request.seeds))]
         seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
-        size = (len(names), max_tokens)
+        size = (len(seeds), max_tokens)
         return _Rows(
-            np.array(names),
-            row_keys(seeds),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.float32),
-            np.ones(len(names), bool),
+            names=np.array([(r, s) for r, request in enumerate(requests) for s in range(len(request.seeds))]),
+            keys=row_keys(seeds),
+            tokens=np.zeros(size, np.int32),
+            logprobs=np.zeros(size, np.float32),
+            open=np.ones(len(seeds), bool),
+            noise=np.zeros((0, len(seeds))),
         )
 
     def finished(self, row: np.intp, length: int, finish: str) -> Sampled:
@@ -157,4 +163,5 @@ class _Rows:
         return Sampled(request, sample, self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), finish)
 
     def take(self, kept: np.ndarray) -> "_Rows":
-        return _Rows(self.names[kept], self.keys[kept], self.tokens[kept], self.logprobs[kept], self.open[kept])
+        noise = self.noise[:, kept]
+        return _Rows(self.names[kept], self.keys[kept], self.tokens[kept], self.logprobs[kept], self.open[kept], noise)

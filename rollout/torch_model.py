@@ -31,11 +31,12 @@ class Cache:
     near what is filled, and grows by a quarter.
     """
 
-    keys: list[torch.Tensor]  # L of [B, K, S, D], zero where not written
+    keys: list[torch.Tensor]  # L of [B·K, S, D], zero where not written
     values: list[torch.Tensor]
-    bias: torch.Tensor  # [B, K, S]
+    bias: torch.Tensor  # [B·K, 1, S]
     positions: torch.Tensor  # int64 [B]: the position of the row's next token; [1] where all rows' are equal
     filled: int  # slots written
+    kv_heads: int
 
     @property
     def full(self) -> bool:
@@ -43,26 +44,24 @@ class Cache:
 
     def take(self, rows: torch.Tensor) -> None:
         """Keep the rows `rows`, int64 [B], which may repeat."""
-        self.keys = [old[rows] for old in self.keys]
-        self.values = [old[rows] for old in self.values]
-        self.bias = self.bias[rows]
+        self.keys = [self._rows(old, rows) for old in self.keys]
+        self.values = [self._rows(old, rows) for old in self.values]
+        self.bias = self._rows(self.bias, rows)
         if len(self.positions) > 1:
             self.positions = self.positions[rows]
+
+    def _rows(self, old: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return old.unflatten(0, (-1, self.kv_heads))[rows].flatten(0, 1)
 
     def grow(self) -> None:
         """Make room for at least one more token."""
         slots = (max(self.filled + 1, self.filled * 5 // 4) + SLOT_BLOCK - 1) // SLOT_BLOCK * SLOT_BLOCK
-        more = slots - self.filled
         for tensors in (self.keys, self.values):
             for index, old in enumerate(tensors):
-                tensors[index] = F.pad(old, (0, 0, 0, more))
-        self.bias = F.pad(self.bias, (0, more), value=-torch.inf)
-
-
-def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension; on CPU in half the passes of torch's own."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * (norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_())).to(x.dtype)
+                tensors[index] = new = old.new_empty(old.shape[0], slots, old.shape[2])
+                new[:, : self.filled] = old
+                new[:, self.filled :] = 0
+        self.bias = F.pad(self.bias, (0, slots - self.filled), value=-torch.inf)
 
 
 class TorchModel:
@@ -75,22 +74,27 @@ class TorchModel:
         self.device, self.dtype = torch.device(device), dtype
         self.weights = Weights(model_dir, device=self.device, dtype=dtype)
         self.shape = self.weights.shape
-        self._cos, self._sin = self._rotations(1)
+        self._eps = torch.tensor(self.shape.eps, device=self.device)
+        self._rotations = self._rotation_table(1)
 
-    def _rotations(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary cosines and signed sines [positions, 1, 1, D]: a rotated x is x·cos + roll(x, D/2)·sin."""
+    def _rotation_table(self, positions: int) -> torch.Tensor:
+        """exp(i·position·frequency), complex64 [positions, 1, 1, D/2]."""
         size = self.shape.head_dim
         frequency = 1.0 / self.shape.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
         angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-        cos, sin = angle.cos(), angle.sin()
-        tables = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-        cosines, sines = tables.view(2, positions, 1, 1, size).to(self.device, self.dtype)
-        return cosines, sines
+        return torch.polar(torch.ones_like(angle), angle).view(positions, 1, 1, -1).to(self.device)
 
     def reserve_positions(self, positions: int) -> None:
-        """Make the rotary tables long enough."""
-        if len(self._cos) < positions:
-            self._cos, self._sin = self._rotations(positions)
+        """Make the rotary table long enough."""
+        if len(self._rotations) < positions:
+            self._rotations = self._rotation_table(positions)
+
+    def _rms_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """1 / sqrt(mean(x²) + eps) over the last dimension, float32 [..., 1]; F.rms_norm takes twice as long on CPU."""
+        return torch.add(self._eps, x.float().square().sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (x * self._rms_scale(x)).to(self.dtype).mul_(weight)
 
     def _hidden(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states [N, E] of token_ids int64 [N] at positions int64 [N] or [1]; `attend` mixes the tokens.
@@ -98,29 +102,23 @@ class TorchModel:
         attend(layer, query [N, K, H/K, D], key [N, K, D], value [N, K, D]) -> [N, H·D]
         """
         s = self.shape
-        cos, sin = self._cos[positions], self._sin[positions]
-        half = s.head_dim // 2
+        rotation = self._rotations[positions]
         x = self.weights.embedding[token_ids]
         for index, layer in enumerate(self.weights.layers):
-            inner = _rms_norm(x, s.eps).mul_(layer.attention_norm)
-            qkv = F.linear(inner, layer.qkv).view(len(x), s.kv_heads, -1, s.head_dim)
-            qk, value = qkv[:, :, :-1], qkv[:, :, -1]
-            if layer.qk_norm is None:
-                qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
-            else:
-                # The norm's weights ride on the rotation: two small products where all rows stand at one position.
-                qk = _rms_norm(qk, s.eps)
-                norm = layer.qk_norm
-                qk = torch.addcmul(qk * (norm * cos), qk.roll(half, -1), norm.roll(half, -1) * sin)
-            mixed = attend(index, qk[:, :, :-1], qk[:, :, -1], value)
-            x = torch.addmm(x, mixed, layer.out.t())
-            inner = _rms_norm(x, s.eps).mul_(layer.mlp_norm)
-            gate, up = F.linear(inner, layer.gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate).mul_(up), layer.down.t())
+            qkv = torch.mm(self._normed(x, layer.attention_norm), layer.qkv)
+            qkv = qkv.view(len(x), s.kv_heads, -1, s.head_dim)
+            qk = qkv[:, :, :-1].float()  # in float32 a view of qkv
+            if layer.qk_norm is not None:
+                qk.mul_(self._rms_scale(qk)).mul_(layer.qk_norm)
+            torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rotation)
+            qk = qk.to(self.dtype)
+            x.addmm_(attend(index, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]), layer.out)
+            gate, up = torch.mm(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            x.addmm_(F.silu(gate, inplace=True).mul_(up), layer.down)
         return x
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(_rms_norm(hidden, self.shape.eps).mul_(self.weights.norm), self.weights.head)
+        return torch.mm(self._normed(hidden, self.weights.norm), self.weights.head)
 
     @torch.inference_mode()
     def prefill(self, token_ids: torch.Tensor, lengths: torch.Tensor, *, equal: bool) -> tuple[torch.Tensor, Cache]:
@@ -141,8 +139,8 @@ class TorchModel:
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             query, key, value = (t.reshape(rows, slots, -1, s.head_dim).transpose(1, 2) for t in (query, key, value))
-            keys.append(key)
-            values.append(value)
+            keys.append(key.flatten(0, 1))
+            values.append(value.flatten(0, 1))
             gqa = s.heads != s.kv_heads
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=gqa)
             return mixed.transpose(1, 2).reshape(rows * slots, s.heads * s.head_dim)
@@ -150,8 +148,9 @@ class TorchModel:
         positions = (slot - first).clamp_(min=0)
         hidden = self._hidden(token_ids.flatten(), positions.flatten(), attend).view(rows, slots, s.hidden)
         bias = torch.zeros(real.shape, device=self.device, dtype=self.dtype).masked_fill_(~real, -torch.inf)
-        bias = bias.unsqueeze(1).repeat(1, s.kv_heads, 1)
-        return self._logits(hidden[:, -1]), Cache(keys, values, bias, lengths[:1] if equal else lengths, slots)
+        bias = bias.repeat_interleave(s.kv_heads, 0).unsqueeze(1)
+        cache = Cache(keys, values, bias, lengths[:1] if equal else lengths, slots, s.kv_heads)
+        return self._logits(hidden[:, -1]), cache
 
     @torch.inference_mode()
     def decode(self, token_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -161,13 +160,12 @@ class TorchModel:
         s = self.shape
         slot = cache.filled
         cache.bias[:, :, slot] = 0
-        bias = cache.bias.flatten(0, 1).unsqueeze(1)
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys, values = cache.keys[index], cache.values[index]
-            keys[:, :, slot], values[:, :, slot] = key, value
-            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-            scores = torch.baddbmm(bias, query.flatten(0, 1), keys.transpose(1, 2), alpha=s.head_dim**-0.5)
+            keys.select(1, slot).copy_(key.flatten(0, 1))
+            values.select(1, slot).copy_(value.flatten(0, 1))
+            scores = torch.baddbmm(cache.bias, query.flatten(0, 1), keys.transpose(1, 2), alpha=s.head_dim**-0.5)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(self.dtype)
             return torch.bmm(weights, values).view(len(token_ids), s.heads * s.head_dim)
 

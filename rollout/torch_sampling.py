@@ -22,13 +22,13 @@ def row_keys(seeds: np.ndarray) -> np.ndarray:
     return _mix(seeds + np.uint64(_GOLDEN))
 
 
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """One number in (0, 1) per row, of 52 bits, for the completion's token number `position`: float64 [B].
+def uniforms(keys: np.ndarray, positions: range) -> np.ndarray:
+    """Numbers in (0, 1) of 52 bits for each row's tokens at `positions` of the completion: float64 [positions, B].
 
     SplitMix64 (Steele, Lea and Flood 2014) as a counter-based generator: mix(key + (position + 1)·golden).
     """
-    counter = np.uint64((position + 1) * _GOLDEN % 2**64)
-    bits = _mix(keys + counter) >> np.uint64(12)
+    counters = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    bits = _mix(keys + counters[:, None]) >> np.uint64(12)
     # The half keeps it off 0; 52 bits keep it off 1, because k + 1/2 is then exact.
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
@@ -61,10 +61,10 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tup
     logits = logits.float()
     scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
     scaled = truncate(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
-    logprob = scaled.log_softmax(-1)
-    cumulative = logprob.exp().cumsum(-1, dtype=torch.float64)
+    probability = scaled.softmax(-1)
+    cumulative = probability.cumsum(-1, dtype=torch.float64)
     threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
     if sampling.kind == "raw":
-        logprob = logits.log_softmax(-1)
-    return token.squeeze(-1), logprob.gather(-1, token).squeeze(-1)
+        return token.squeeze(-1), logits.log_softmax(-1).gather(-1, token).squeeze(-1)
+    return token.squeeze(-1), probability.gather(-1, token).log_().squeeze(-1)

@@ -92,15 +92,15 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's weights, products that read the same input fused by rows."""
+    """One decoder layer's weights; each matrix is a transposed view [in, out] of the layout of the file."""
 
     attention_norm: torch.Tensor  # [E]
-    qkv: torch.Tensor  # [K·(H/K + 2)·D, E]: per key-value head its query heads, its key and its value
-    qk_norm: torch.Tensor | None  # [H/K + 1, D]: that of a query for each query head, that of a key; Qwen3 only
-    out: torch.Tensor  # [E, H·D]
+    qkv: torch.Tensor  # [E, K·(H/K + 2)·D]: per key-value head its queries, key and value
+    qk_norm: torch.Tensor | None  # [H/K + 1, D], Qwen3 only: of the query heads and of the key
+    out: torch.Tensor  # [H·D, E]
     mlp_norm: torch.Tensor  # [E]
-    gate_up: torch.Tensor  # [2F, E]
-    down: torch.Tensor  # [E, F]
+    gate_up: torch.Tensor  # [E, 2F]
+    down: torch.Tensor  # [F, E]
 
 
 class Weights:
@@ -114,7 +114,7 @@ class Weights:
         self._device, self._dtype = device, dtype
         self.embedding = self._new(s.vocab, s.hidden)
         self.norm = self._new(s.hidden)
-        self.head = self.embedding if s.tied else self._new(s.vocab, s.hidden)
+        self.head = (self.embedding if s.tied else self._new(s.vocab, s.hidden)).t()
         self.layers = [self._new_layer() for _ in range(s.layers)]
         self.load(weight_files(model_dir))
 
@@ -125,38 +125,45 @@ class Weights:
         s = self.shape
         return Layer(
             attention_norm=self._new(s.hidden),
-            qkv=self._new((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden),
+            qkv=self._new((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden).t(),
             qk_norm=self._new(s.heads // s.kv_heads + 1, s.head_dim) if s.qk_norm else None,
-            out=self._new(s.hidden, s.heads * s.head_dim),
+            out=self._new(s.hidden, s.heads * s.head_dim).t(),
             mlp_norm=self._new(s.hidden),
-            gate_up=self._new(2 * s.intermediate, s.hidden),
-            down=self._new(s.hidden, s.intermediate),
+            gate_up=self._new(2 * s.intermediate, s.hidden).t(),
+            down=self._new(s.hidden, s.intermediate).t(),
         )
 
-    def _destinations(self) -> dict[str, torch.Tensor]:
-        """Where each tensor of the file goes: views into the fused weights."""
+    def _destinations(self) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+        """Each tensor of the file: the view it goes to, and its size there."""
         s = self.shape
-        views = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        q_size, k_size = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        views = {
+            "model.embed_tokens.weight": (self.embedding, (s.vocab, s.hidden)),
+            "model.norm.weight": (self.norm, (s.hidden,)),
+        }
         if not s.tied:
-            views["lm_head.weight"] = self.head
+            views["lm_head.weight"] = (self.head.t(), (s.vocab, s.hidden))
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
-            qkv = layer.qkv.view(s.kv_heads, -1, s.head_dim, s.hidden)
-            gate, up = layer.gate_up.chunk(2)
+            heads = layer.qkv.t().view(s.kv_heads, -1, s.head_dim, s.hidden)
+            # The file rotates dimension i with i + D/2, the engine with its neighbour.
+            pairs = heads.unflatten(2, (-1, 2)).transpose(2, 3)
+            gate, up = layer.gate_up.t().chunk(2)
             views |= {
-                prefix + "input_layernorm.weight": layer.attention_norm,
-                prefix + "self_attn.q_proj.weight": qkv[:, :-2],
-                prefix + "self_attn.k_proj.weight": qkv[:, -2],
-                prefix + "self_attn.v_proj.weight": qkv[:, -1],
-                prefix + "self_attn.o_proj.weight": layer.out,
-                prefix + "post_attention_layernorm.weight": layer.mlp_norm,
-                prefix + "mlp.gate_proj.weight": gate,
-                prefix + "mlp.up_proj.weight": up,
-                prefix + "mlp.down_proj.weight": layer.down,
+                prefix + "input_layernorm.weight": (layer.attention_norm, (s.hidden,)),
+                prefix + "self_attn.q_proj.weight": (pairs[:, :-2], (q_size, s.hidden)),
+                prefix + "self_attn.k_proj.weight": (pairs[:, -2], (k_size, s.hidden)),
+                prefix + "self_attn.v_proj.weight": (heads[:, -1], (k_size, s.hidden)),
+                prefix + "self_attn.o_proj.weight": (layer.out.t(), (s.hidden, q_size)),
+                prefix + "post_attention_layernorm.weight": (layer.mlp_norm, (s.hidden,)),
+                prefix + "mlp.gate_proj.weight": (gate, (s.intermediate, s.hidden)),
+                prefix + "mlp.up_proj.weight": (up, (s.intermediate, s.hidden)),
+                prefix + "mlp.down_proj.weight": (layer.down.t(), (s.hidden, s.intermediate)),
             }
             if layer.qk_norm is not None:
-                views[prefix + "self_attn.q_norm.weight"] = layer.qk_norm[:-1]
-                views[prefix + "self_attn.k_norm.weight"] = layer.qk_norm[-1]
+                pairs = layer.qk_norm.unflatten(1, (-1, 2)).transpose(1, 2)
+                views[prefix + "self_attn.q_norm.weight"] = (pairs[:-1], (s.head_dim,))
+                views[prefix + "self_attn.k_norm.weight"] = (pairs[-1:], (s.head_dim,))
         return views
 
     @torch.inference_mode()
@@ -175,15 +182,13 @@ class Weights:
             if found.keys() != views.keys():
                 missing, unknown = sorted(views.keys() - found.keys()), sorted(found.keys() - views.keys())
                 raise ValueError(f"{where}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")
-            for name, view in views.items():
-                size = found[name].get_slice(name).get_shape()
-                width = view.shape[-1]
-                expected = [width] if name.endswith("norm.weight") else [view.numel() // width, width]
-                if size != expected:
-                    raise ValueError(f"{where}: {name} has shape {size}, the model needs {expected}")
-            for name, view in views.items():
+            for name, (_, size) in views.items():
+                if (stored := tuple(found[name].get_slice(name).get_shape())) != size:
+                    raise ValueError(f"{where}: {name} has shape {stored}, the model needs {size}")
+            for name, (view, size) in views.items():
                 tensor = found[name].get_tensor(name)
-                view.copy_(tensor if tensor.ndim == 1 else tensor.view(view.shape))
+                # A norm of queries has one vector in the file and one row per head here.
+                view.copy_(tensor.view(view.shape[-2:] if size == (self.shape.head_dim,) else view.shape))
 
 
 def _open(file: Path) -> Any:
