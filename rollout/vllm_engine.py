@@ -35,7 +35,7 @@ class VllmEngine:
 
     The noise of a token is a function of its completion's seed and its position; vLLM takes the low 32 bits of a seed
     on CPU, 63 bits on CUDA. Log-probs are the sampler's own, after temperature, top-p and top-k (`processed`) or before
-    them (`raw`): one engine serves one kind.
+    them (`raw`): one engine serves one kind. One engine per process: closing it ends all that vLLM has there.
 
     Arguments:
         device: cpu or cuda; which GPUs, CUDA_VISIBLE_DEVICES says.
@@ -218,6 +218,7 @@ def _prepare_vllm(device: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":  # where compiling the log-prob operation alone takes up to a minute
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # processes share the cores
         import torch._dynamo.config
 
         torch._dynamo.config.disable = True  # it read the variable if something imported it before

