@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    stream = Stream(heartbeat_s=0.1, liveness_s=1.0, lease_timeout_s=2.0, starvation_s=20.0, credit=64, max_frame_mb=1)
+    stream = Stream(heartbeat_s=0.1, liveness_s=2.0, lease_timeout_s=2.0, starvation_s=20.0, credit=64, max_frame_mb=1)
     return Config(run=Run(dir=str(tmp_path / "run")), stream=stream, explorer=Explorer())
 
 
