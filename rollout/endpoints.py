@@ -1,6 +1,9 @@
 """Which addresses the stream may use: ipc and loopback freely, anything routable only with keys."""
 
+import contextlib
+import errno
 import ipaddress
+import os
 import socket
 import stat
 import tempfile
@@ -9,12 +12,15 @@ from pathlib import Path
 # sockaddr_un.sun_path holds 108 bytes on Linux, the last one a NUL.
 MAX_IPC_PATH_BYTES = 107
 ENDPOINT_FILE = "endpoint"
+_PREFIX = "s2lpo-"
+_STALE_S = 60.0
 
 
 def private_ipc() -> tuple[str, Path]:
     """A new ipc endpoint in a directory that only this user may enter (0700); the caller removes the directory."""
     for parent in (None, "/tmp"):  # a long TMPDIR does not leave room for a socket's name
-        directory = Path(tempfile.mkdtemp(prefix="s2lpo-", dir=parent))
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        _sweep(directory)
         if len(bytes(directory / "hub")) <= MAX_IPC_PATH_BYTES:
             return f"ipc://{directory / 'hub'}", directory
         directory.rmdir()
@@ -69,11 +75,25 @@ def refuse_live_ipc(endpoint: str) -> None:
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise ValueError(f'stream.endpoint = "{endpoint}" is a file, not a socket: choose another path, or "auto"')
+    if _listens(path):
+        raise ValueError(f'stream.endpoint = "{endpoint}" is in use by another process: choose another path, or "auto"')
+
+
+def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            raise ValueError(
-                f'stream.endpoint = "{endpoint}" is in use by another process: choose another path, or "auto"'
-            )
+        probe.settimeout(1.0)
+        return probe.connect_ex(str(path)) != errno.ECONNREFUSED
+
+
+def _sweep(fresh: Path) -> None:
+    """Remove, beside a fresh directory, those that killed trainers of this user left: nobody listens there any more."""
+    for directory in fresh.parent.glob(f"{_PREFIX}*"):
+        hub = directory / "hub"
+        with contextlib.suppress(FileNotFoundError):  # another trainer sweeps too
+            old = fresh.stat().st_mtime - directory.stat().st_mtime > _STALE_S
+            if old and directory.stat().st_uid == os.getuid() and hub.is_socket() and not _listens(hub):
+                hub.unlink()
+                directory.rmdir()
 
 
 def _check_ipc(endpoint: str, path: str) -> None:

@@ -404,6 +404,28 @@ def test_the_automatic_endpoint_is_private_and_short(monkeypatch: pytest.MonkeyP
     assert list(long.iterdir()) == []
 
 
+def test_what_killed_trainers_left_is_swept_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+    import socket
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    directories = {name: tmp_path / f"s2lpo-{name}" for name in ("dead", "alive", "young", "empty")}
+    sockets = {}
+    for name, directory in directories.items():
+        directory.mkdir(mode=0o700)
+        if name != "empty":
+            sockets[name] = socket.socket(socket.AF_UNIX)
+            sockets[name].bind(str(directory / "hub"))
+        if name != "young":
+            os.utime(directory, (1000, 1000))
+    sockets["alive"].listen()
+    for name in ("dead", "young"):
+        sockets[name].close()
+    _, fresh = private_ipc()
+    assert {path for path in tmp_path.iterdir()} == {*directories.values(), fresh} - {directories["dead"]}
+    sockets["alive"].close()
+
+
 def test_connect_takes_an_endpoint_or_a_run_directory(tmp_path: Path) -> None:
     assert resolve("tcp://127.0.0.1:5") == "tcp://127.0.0.1:5"
     with pytest.raises(ValueError, match="directory of a running run"):
