@@ -23,6 +23,8 @@ VOCABULARY = ("<pad>", "<eos>", *map(str, range(50)), "+", "-", "*", "/", "=", "
 EOS = 1
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+sys.path.insert(0, str(Path(__file__).parent))  # tests have no packages: run_parts is imported by this directory's path
+
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
