@@ -15,7 +15,7 @@ from trainer.console import Console
 from trainer.report import write_report
 from trainer.run_directory import write_atomic
 from trainer.step_metrics import group_metrics
-from trainer.trace import Tracer
+from trainer.tracer import Tracer
 
 
 class Recorder:

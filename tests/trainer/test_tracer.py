@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer import trace
-from trainer.trace import Moment, Tracer, read_trace
+from trainer.tracer import Moment, Tracer, read_trace
 
 
 def load(run_dir):
@@ -165,7 +165,7 @@ def test_a_file_cut_anywhere_resumes_with_its_whole_events(tmp_path):
 
 def test_killed_at_any_instant_it_is_still_json(tmp_path):
     code = (
-        "import pathlib, sys; from trainer.trace import Tracer\n"
+        "import pathlib, sys; from trainer.tracer import Tracer\n"
         "tracer = Tracer(pathlib.Path(sys.argv[1]))\n"
         "while True:\n"
         "    with tracer.span('train'): pass\n"
