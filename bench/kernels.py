@@ -28,9 +28,11 @@ SIZES = {"cpu": (4, 128, 128), "cuda": (16, 1024, 4096)}
 """Sequences, tokens of each, hidden size."""
 
 
-def compare(problem: Problem, rivals: list[Rival], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row per case that ran, and the reason for each that did not."""
-    device = problem.hidden.device.type
+def compare(
+    problem: Problem, rivals: list[Rival], *, rounds: int, device: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row per case that ran, and the reason for each that did not; `device` for kernels that are interpreted."""
+    device = device or problem.hidden.device.type
     truth = ours("torch")(_exact(problem))()
     cases: dict[str, Case] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -46,7 +48,7 @@ def compare(problem: Problem, rivals: list[Rival], *, rounds: int) -> tuple[list
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason is not None:
             absent[rival.name] = reason
-    seconds = measure.interleave(cases, rounds=rounds)
+    seconds = measure.interleave(cases, rounds=rounds, warmup=0)  # _quality ran each three times
     first = next(iter(seconds))
     for name, row in rows.items():
         pairs = [theirs / own for theirs, own in zip(seconds[name], seconds[first])]

@@ -3,6 +3,8 @@
 Shapes: C rows of the chunk, T tokens, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -23,7 +25,7 @@ ROW_WARPS = 32
 # All that 1024 threads can have: without it ptxas aims at two programs per SM and spills.
 ROW_REGISTERS = 64
 # No fused multiply-add: the kernel that scores and the one that trains must round alike, whatever surrounds the sums.
-ROW_OPTIONS = {"num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS, "enable_fp_fusion": False}
+ROW_OPTIONS: dict[str, Any] = {"num_warps": ROW_WARPS, "maxnreg": ROW_REGISTERS, "enable_fp_fusion": False}
 RATIOS = {"token": 0, "sequence": 1, "cispo": 2}
 
 

@@ -1,0 +1,129 @@
+"""The stages of `bench.gpu`: python -m bench.gpu_stages STAGE DIR [--dry] writes DIR/STAGE.json.
+
+A stage's report: status ("ok", "missing" with "why"), facts (name: value) and tables (title: rows).
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_runs, measure
+from bench.contenders import contenders
+from bench.kernels import compare
+from bench.rivals import Problem
+from kernels import ops
+
+PACKAGES = ("vllm", "deepspeed", "flash_attn", "liger_kernel", "cut_cross_entropy", "verl", "trl", "quack", "cutlass")
+Report = dict[str, Any]
+
+
+def machine(out: Path, dry: bool) -> Report:
+    """Device, versions, and the packages whose absence will show below."""
+    facts: dict[str, Any] = measure.environment()
+    if torch.cuda.is_available():
+        chip = torch.cuda.get_device_properties(0)
+        facts |= {"memory_gb": chip.total_memory / 2**30, "processors": chip.multi_processor_count}
+        facts["capability"] = f"{chip.major}.{chip.minor}"
+    elif not dry:
+        return {"status": "missing", "why": "torch sees no CUDA device", "facts": facts}
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return {"status": "ok", "facts": {**facts, "not installed": ", ".join(absent) or "nothing"}}
+
+
+def values(out: Path, dry: bool) -> Report:
+    """Our kernels and eager PyTorch against float64, and what must hold exactly."""
+    device, size = ("cpu", (2, 4, 16, 300)) if dry else ("cuda", (8, 512, 1024, 151_936))
+    problem = Problem.make(*size, dtype=torch.float32 if dry else torch.bfloat16, device=device)
+    mine = [c for c in contenders("cuda") if c.name.startswith("ours")]
+    eager = [c for c in contenders(device) if c.name == "torch eager"]
+    rows, absent = compare(problem, mine + eager, rounds=1, device="cuda")
+    checks = exact_checks(problem)
+    faults = [name for name, holds in checks.items() if not holds] + list(absent)
+    report: Report = {"status": "failed" if faults else "ok", "facts": {**checks, **absent}}
+    if faults:
+        report["why"] = "does not hold: " + ", ".join(faults)
+    return report | {"tables": {"error against float64 (relative L2)": rows}}
+
+
+def exact_checks(problem: Problem) -> dict[str, bool]:
+    """Bit-for-bit promises: the on-policy ratio, equal runs, and the last rows of a batch beyond 2^31 logits."""
+    hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+    advantage = problem.per_token()
+    bounds = torch.arange(0, problem.tokens + 1, problem.tokens // problem.sequences)
+    checks = {}
+    for fp32 in (True, False):
+        kind = "float32 logits" if fp32 else "half logits"
+        options: dict[str, Any] = {"impl": "triton", "fp32_logits": fp32}
+        with torch.no_grad():
+            anchor = ops.linear_logprob(hidden, weight, targets, **options).logprob
+        for ratio in ("token", "sequence", "cispo"):
+            leaf = hidden.detach().requires_grad_()
+            runs = [
+                ops.linear_policy_loss(
+                    leaf, weight, targets, anchor, advantage, ratio=ratio, cu_seqlens=bounds, **options
+                )
+                for _ in range(2)
+            ]
+            checks[f"ratio is 1 on policy ({ratio}, {kind})"] = bool((runs[0][3]["ratio"] == 1).all())
+            checks[f"two runs are equal ({ratio}, {kind})"] = bool((runs[0][0] == runs[1][0]).all())
+    if hidden.is_cuda:
+        many = 20_480
+        states, labels = hidden.repeat(many // len(hidden), 1), targets.repeat(many // len(targets))
+        last = ops.linear_logprob(
+            states.requires_grad_(), weight, labels, impl="triton", fp32_logits=False, resident=True
+        )
+        wanted = ops.linear_logprob(hidden, weight, targets, impl="triton", fp32_logits=False).logprob
+        checks["rows beyond 2^31 logits"] = bool(torch.equal(last.logprob[-len(hidden) :], wanted))
+    return checks
+
+
+def rows(out: Path, dry: bool) -> Report:
+    """Time of the row kernel by block and warps, of each product by chunk, and of the whole by part."""
+    return gpu_runs.parts(dry)
+
+
+def table(out: Path, dry: bool) -> Report:
+    """`bench.kernels` at 16,384 and 4,096 tokens; the big one first, in case time runs out."""
+    report: Report = {"status": "ok", "tables": {}, "facts": {}}
+    sizes = [(2, 8, 16, 257)] if dry else [(16, 1024, 4096, 151_936), (4, 1024, 4096, 151_936)]
+    for size in sizes:
+        dtype, device = (torch.float32, "cpu") if dry else (torch.bfloat16, "cuda")
+        problem = Problem.make(*size, dtype=dtype, device=device)
+        # Compiling takes longer than the rest of a dry run, and `bench.kernels` runs it on a CPU.
+        chosen = [c for c in contenders(device) if not (dry and c.name == "torch.compile")]
+        found, absent = compare(problem, chosen, rounds=2 if dry else 10)
+        shape = {"tokens": problem.tokens, "hidden": size[2], "vocabulary": size[3], "dtype": str(dtype)[6:]}
+        if not dry:
+            measure.record("kernels", [{**row, **shape} for row in found], out)
+        report["tables"][f"{shape}"] = found
+        report["facts"] |= {f"missing: {name}": reason for name, reason in absent.items()}
+        save("table", out, report)
+    return report
+
+
+STAGES: dict[str, Callable[[Path, bool], Report]] = {
+    "machine": machine, "values": values, "rows": rows, "table": table,
+    "default": gpu_runs.embedded_default, "end_to_end": gpu_runs.end_to_end,
+}  # fmt: skip
+
+
+def save(name: str, out: Path, report: Report) -> None:
+    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    name, out, dry = arguments[0], Path(arguments[1]), "--dry" in arguments
+    if name != "machine" and not dry and not torch.cuda.is_available():
+        save(name, out, {"status": "missing", "why": "torch sees no CUDA device"})
+        return 0
+    save(name, out, STAGES[name](out, dry))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
