@@ -152,7 +152,6 @@ def test_a_wrong_file_names_file_key_and_value(tmp_path, text, parts):
             ["data.train=x.parquet"],
             ['learner.model = "embedded:learner"', "both parquet files", 'function = "countdown"'],
         ),
-        (["learner.model=/x", "explorer.model=/y"], ["data.train", 'learner.model = "/x"']),
         (["learner.model=embedded:large"], ["embedded:learner, embedded:explorer"]),
         (["data.train=embedded:sums"], ["embedded:countdown"]),
         (["reward.function=maths"], ["module:function"]),
@@ -178,6 +177,7 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ["algorithm.mixing=rescue"],
         ["stream.endpoint=tcp://0.0.0.0:5000", "stream.keys=keys"],
         ["learner.model=runs/tiny/model"],  # train on from an embedded run
+        ["learner.model=/family/learner", "explorer.model=/family/explorer"],  # a family made elsewhere
         ["reward.function=my.rewards:score"],
     ],
 )

@@ -33,7 +33,13 @@ class ByHand:
     def __init__(self, *arguments: str, module: str = "rollout.explorer", engine: str = "quick_engine:make") -> None:
         command = [sys.executable, "-m", module, "--engine", engine, *arguments]
         self.process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell's background job, such as this test run may be, ignores Ctrl-C and would pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.text = ""
 
