@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import trace
-from trainer.tracer import Moment, Tracer, read_trace
+from trainer.tracer import PENDING_EVENTS, Moment, Tracer, read_trace
 
 
 def load(run_dir):
@@ -69,12 +68,12 @@ def test_the_file_is_json_after_every_flush_and_empty_is_json_too(tmp_path):
 
 def test_memory_is_bounded(tmp_path):
     tracer = Tracer(tmp_path)
-    for number in range(5 * trace.PENDING_EVENTS):
+    for number in range(5 * PENDING_EVENTS):
         tracer.add("p", "t", "span", number, number + 1)
-        assert len(tracer._pending) < trace.PENDING_EVENTS
-    assert len(spans(load(tmp_path))) >= 4 * trace.PENDING_EVENTS  # spilled before close
+        assert len(tracer._pending) < PENDING_EVENTS
+    assert len(spans(load(tmp_path))) >= 4 * PENDING_EVENTS  # spilled before close
     tracer.close()
-    assert len(spans(load(tmp_path))) == 5 * trace.PENDING_EVENTS
+    assert len(spans(load(tmp_path))) == 5 * PENDING_EVENTS
 
 
 def test_threads_share_a_tracer_and_have_their_own_tracks(tmp_path):
