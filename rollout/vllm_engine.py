@@ -13,6 +13,7 @@ from rollout.engine import Request, Sampled
 from rollout.vllm_weights import ModelFiles
 
 DTYPES = ("float32", "bfloat16")
+_RELEASE = "0.32."
 _COLDEST = 0.01  # vLLM samples at 0.01 where it is asked for less, and says so only in its log
 
 
@@ -45,7 +46,7 @@ class VllmEngine:
         cpu_cache_bytes: keys and values on CPU, where memory_share does not apply.
 
     Errors: ValueError for a missing or other vLLM, a model that it refuses, foreign weights and requests that the model
-    cannot serve. Requires vLLM 0.32: others may change the interfaces that this module and `WeightLoading` use.
+    cannot serve.
 
     Example: VllmEngine(Path("models/learner"), device="cpu", dtype="float32")
     """
@@ -223,16 +224,21 @@ def _prepare_vllm(device: str) -> None:
 
         torch._dynamo.config.disable = True  # it read the variable if something imported it before
     try:
+        import vllm
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ValueError(f"vLLM cannot be imported ({error}): install it as docs/install.md says") from error
+    if not vllm.__version__.startswith(_RELEASE):
+        raise ValueError(
+            f"vLLM {vllm.__version__} is installed; this engine is written for {_RELEASE}: see docs/install.md"
+        )
     if current_platform.device_type != device:
         installed = current_platform.device_type or "no device"
         raise ValueError(
             f"device {device!r} was asked for, the installed vLLM is for {installed!r}: see docs/install.md"
         )
     if device == "cpu":
-        import vllm._custom_ops  # noqa: F401  loads the library below
+        import vllm._custom_ops  # loads the library below
 
         if not hasattr(torch.ops._C, "init_cpu_memory_env"):
             raise ValueError("vLLM's CPU library did not load: it needs libnuma (Debian package libnuma1)")

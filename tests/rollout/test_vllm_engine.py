@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 CASES_FILE = Path(__file__).with_name("vllm_cases.py")
-HANG_GUARD_S = 280
+HANG_GUARD_S = 600
 Outcomes = dict[str, str | None]  # of every case: None, or how it failed
 
 
@@ -42,6 +42,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(HANG_GUARD_S + 20)
 @pytest.mark.parametrize("case", case_names())
 def test_case(case: str, outcomes: Outcomes) -> None:
     assert case in outcomes, f"the process ended before it reached {case}; it ran {sorted(outcomes)}"
