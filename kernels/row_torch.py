@@ -35,19 +35,25 @@ def statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> 
 
     The log-prob is −softplus(log Σ_{j≠y} e^{z_j} − z_y): z_y − logsumexp would round to 0 past a 14-nat margin.
     """
+    return _statistics(logits, targets, inverse_temperature, overwrite=False)
+
+
+def _statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor, *, overwrite: bool) -> RowStatistics:
+    """`overwrite` leaves e^{z − max} in the logits' place, with 0 in the target's column."""
     columns = torch.empty(4, logits.shape[0], dtype=logits.dtype, device=logits.device)
-    for rows, x, e in _tiles(logits, scratch=2):
-        index = targets[rows].long()[:, None]
-        torch.mul(logits[rows], inverse_temperature[rows, None], out=x)
-        top = x.amax(1, keepdim=True)
-        x.sub_(top)
+    plain = _all_one(inverse_temperature)
+    for rows, x, *spare in _tiles(logits, scratch=1 if overwrite else 2):
+        z, index = logits[rows], targets[rows].long()[:, None]
+        scale = None if plain else inverse_temperature[rows, None]
+        top = z.amax(1, keepdim=True) if scale is None else z.amax(1, keepdim=True).mul_(scale)
+        _shifted(z, scale, top, out=x)
         own = x.gather(1, index)
         x.clamp_(min=FLOOR)
-        torch.exp(x, out=e)
+        e = torch.exp(x, out=z if overwrite else spare[0])
         own_exp = e.gather(1, index)
         others = e.scatter_(1, index, 0).sum(1, keepdim=True)
         total = others + own_exp
-        moment = e.mul_(x).sum(1, keepdim=True) + own_exp * own.clamp(min=FLOOR)
+        moment = x.mul_(e).sum(1, keepdim=True) + own_exp * own.clamp(min=FLOOR)
         log_sum = total.log()
         logprob = -_softplus(others.log() - own)
         columns[:, rows] = torch.cat([logprob, log_sum - moment / total, top, log_sum], dim=1).T
@@ -70,24 +76,19 @@ def gradient(
     The target's entry uses 1 − p = −expm1(logprob). A row whose two gradients are 0 becomes 0 whatever it held.
     """
     assert dtype == logits.dtype, "products and logits share a dtype on this path"
-    zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
-    e_all = zero.expand_as(grad_logprob) if grad_entropy is None else grad_entropy
-    dead = (grad_logprob == 0) & (e_all == 0)
+    plain = _all_one(inverse_temperature)
     for rows, x in _tiles(logits, scratch=1):
-        z, scale = logits[rows], inverse_temperature[rows]
-        g, e, logprob, entropy = grad_logprob[rows], e_all[rows], stats.logprob[rows], stats.entropy[rows]
-        torch.mul(z, scale[:, None], out=x)
-        x.sub_(stats.maximum[rows, None]).sub_(stats.log_sum[rows, None])
+        z, g, inverse_sum = logits[rows], grad_logprob[rows, None], (-stats.log_sum[rows, None]).exp()
+        scale = None if plain else inverse_temperature[rows, None]
+        _shifted(z, scale, stats.maximum[rows, None], out=x)
         if grad_entropy is None:
-            torch.exp(x, out=z).mul_((-g * scale)[:, None])
-        else:
-            torch.exp(x.clamp_(min=FLOOR), out=z)
-            z.mul_(x.add_(entropy[:, None]).mul_(-e[:, None]).sub_(g[:, None])).mul_(scale[:, None])
-        floor = logprob.clamp(min=FLOOR)
-        own = weighted(g, -torch.expm1(logprob)) - weighted(e, floor.exp() * (floor + entropy))
-        z.scatter_(1, targets[rows].long()[:, None], (own * scale)[:, None])
-        z.masked_fill_(dead[rows, None], 0)
-    return logits
+            torch.exp(x, out=z).mul_(-g * inverse_sum if scale is None else -g * inverse_sum * scale)
+            continue
+        torch.exp(x.clamp_(min=FLOOR), out=z)
+        # log p + entropy = x − log_sum + entropy
+        e, constant = grad_entropy[rows, None], stats.entropy[rows, None] - stats.log_sum[rows, None]
+        z.mul_(x.add_(constant).mul_(-e).sub_(g)).mul_(inverse_sum if scale is None else inverse_sum * scale)
+    return _finish(logits, targets, inverse_temperature, stats, grad_logprob, grad_entropy)
 
 
 def loss_and_gradient(
@@ -100,11 +101,37 @@ def loss_and_gradient(
     dtype: torch.dtype,
 ) -> RowResult:
     """Statistics, loss and, in place, ∂(Σ weight·(loss − entropy_coef·entropy))/∂logits of a chunk."""
-    stats = statistics(logits, targets, inverse_temperature)
+    stats = _statistics(logits, targets, inverse_temperature, overwrite=weights.entropy is None)
     losses = row_loss(stats.logprob, rows, settings)
     g = losses.gradient(weights.loss)
-    dz = gradient(logits, targets, inverse_temperature, stats, g, weights.entropy, dtype)
+    if weights.entropy is not None:
+        dz = gradient(logits, targets, inverse_temperature, stats, g, weights.entropy, dtype)
+    else:
+        logits.mul_((-g * inverse_temperature * (-stats.log_sum).exp())[:, None])
+        dz = _finish(logits, targets, inverse_temperature, stats, g, None)
     return RowResult(stats, losses.loss, losses.metrics, dz)
+
+
+def _finish(
+    logits: Tensor, targets: Tensor, scale: Tensor, stats: RowStatistics, g: Tensor, e: Tensor | None
+) -> Tensor:
+    """Writes the target's column, once and from small numbers, and clears rows that have no gradient."""
+    own, dead = weighted(g, -torch.expm1(stats.logprob)), g == 0
+    if e is not None:
+        floor = stats.logprob.clamp(min=FLOOR)
+        own, dead = own - weighted(e, floor.exp() * (floor + stats.entropy)), dead & (e == 0)
+    logits.scatter_(1, targets.long()[:, None], (own * scale)[:, None])
+    # Written, not multiplied: a masked row may hold NaN. Waiting for the list costs nothing on a CPU.
+    return logits.index_fill_(0, dead.nonzero()[:, 0], 0)
+
+
+def _shifted(z: Tensor, scale: Tensor | None, top: Tensor, out: Tensor) -> Tensor:
+    """z·scale − top, in one pass where the temperature is 1."""
+    return torch.sub(z, top, out=out) if scale is None else torch.mul(z, scale, out=out).sub_(top)
+
+
+def _all_one(scale: Tensor) -> bool:
+    return bool((scale == 1).all())
 
 
 def _tiles(logits: Tensor, scratch: int) -> Iterator[tuple]:
