@@ -90,6 +90,7 @@ class Explorer(Section, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(description="Top-k of the explorer's sampling; 0 is off.", ge=0)] = 0
     max_response_tokens: Annotated[int, Meta(description="Longest explorer completion generated; 0 means rollout.max_response_tokens. A longer one is cut to that after scoring.", ge=0)] = 0
     ahead_steps: Annotated[int, Meta(description="Steps of explorer completions that may be generated ahead of training.", ge=1)] = 8
+    store: Annotated[str, Meta(description="Directory of recorded explorer completions (docs/store.md): those in it are read, the missing ones generated and added; empty for none.")] = ""
 
 
 class Rollout(Section, frozen=True, kw_only=True):

@@ -45,6 +45,13 @@ class PromptSchedule:
             chosen = np.concatenate([chosen, self._order(epoch + 1)[:missing]])
         return tuple(self._prompts[index] for index in chosen.tolist())
 
+    def visit(self, step: int, slot: int) -> int:
+        """How many times the prompt at `slot` of `step` was in an earlier step: its epoch, since none repeats in one.
+
+        Example: schedule.visit(1, 0) -> 0
+        """
+        return ((step - 1) * self._per_step + slot) // len(self._prompts)
+
     def _order(self, epoch: int) -> np.ndarray:
         """Indices of the prompts in the order `epoch` walks them."""
         if epoch not in self._orders:

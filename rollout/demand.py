@@ -8,15 +8,18 @@ from core.anneal import Quota, quota_at
 from core.config import Config
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Prompt, Sampling, Source, pack_tokens
-from core.seeds import completion_seed
+from core.seeds import completion_seed, recorded_seed
 from rollout.messages import Lease, LeaseItem
+
+# Numbers of one visit to a prompt: more than any group and its replacements, so that they do not depend on either.
+_NUMBERS_PER_VISIT = 1 << 16
 
 
 class Demand:
     """Leases of every step and source. Leases of a step never change, so a lost one can be granted again, equal."""
 
     def __init__(self, config: Config, prompts: PromptSchedule, stop_token_ids: tuple[int, ...]) -> None:
-        self.config = config
+        self.config, self._visit = config, prompts.visit
         # Leases of a step are made before its completions come, on one thread: others only ever find it cached.
         steps_in_use = config.explorer.ahead_steps + config.algorithm.lookahead + 2
         self.prompts_at = lru_cache(maxsize=2 * steps_in_use)(prompts.at)
@@ -86,6 +89,16 @@ class Demand:
             items = tuple(self._item("eval", Source.LEARNER, step, slot, prompt, samples) for slot, prompt in chunk)
             yield self._lease("eval", Source.LEARNER, step, f"eval-{step}-{first}", items, sampling)
 
+    def number(self, key: CompletionKey) -> int:
+        """Which explorer completion of its prompt `key` is, counted over all steps: its name in a store."""
+        assert key.sample < _NUMBERS_PER_VISIT, key
+        return self._visit(key.step, key.slot) * _NUMBERS_PER_VISIT + key.sample
+
+    def _seed(self, purpose: str, prompt: Prompt, key: CompletionKey) -> int:
+        if self.config.explorer.store and key.source is Source.EXPLORER:
+            return recorded_seed(prompt.uid, self.number(key))
+        return completion_seed(self.config.run.seed, purpose, key)
+
     def _item(
         self, purpose: str, source: Source, step: int, slot: int, prompt: Prompt, samples: tuple[int, ...]
     ) -> LeaseItem:
@@ -95,7 +108,7 @@ class Demand:
             prompt_uid=prompt.uid,
             prompt_bytes=pack_tokens(prompt.token_ids),
             samples=samples,
-            seeds=tuple(completion_seed(self.config.run.seed, purpose, key) for key in keys),
+            seeds=tuple(self._seed(purpose, prompt, key) for key in keys),
         )
 
     def _lease(

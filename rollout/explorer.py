@@ -1,8 +1,15 @@
-"""One more explorer: `python -m rollout.explorer --connect ENDPOINT`, from any machine, while a run goes on."""
+"""One more explorer, from any machine, while a run goes on: `python -m rollout.explorer --connect ENDPOINT`.
+
+Or with no learner running, to fill a store that runs read: `python -m rollout.explorer --record STORE …`.
+"""
 
 import sys
 
-from rollout.worker import main
-
 if __name__ == "__main__":
+    if "--record" in sys.argv:
+        from rollout.record import main as record
+
+        sys.exit(record(sys.argv[1:]))
+    from rollout.worker import main
+
     sys.exit(main(role="explorer"))

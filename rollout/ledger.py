@@ -16,7 +16,8 @@ from core.schema import Source
 
 
 class Account:
-    """Counts of one source's training completions. `past` is what earlier starts of the run produced and rejected."""
+    """Counts of one source's training completions. `past` is what earlier starts of the run produced and rejected;
+    `reused`, part of what is produced, was read from a store of recorded completions."""
 
     def __init__(self) -> None:
         self.inserted = 0
@@ -25,13 +26,15 @@ class Account:
         self.rejected: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.past_produced = 0
+        self.reused = 0
 
     def report(self, pool: Mapping[str, Any], resident: int) -> dict[str, Any]:
         """The account, closed with the pool's counts of this start and the buffer's residents."""
         rejected = self.rejected + Counter(pool["rejected"]) + Counter(lost_with_worker=pool["lost"])
-        produced = self.past_produced + pool["produced"] - pool["accepted"].get("eval", 0)
+        produced = self.past_produced + self.reused + pool["produced"] - pool["accepted"].get("eval", 0)
         return {
             "produced": produced,
+            "reused": self.reused,
             "inserted": self.inserted,
             "rejected": dict(sorted((+rejected).items())),
             "in_flight": pool["in_flight"],
@@ -79,6 +82,11 @@ class Ledger:
         with self._lock:
             self._accounts[source].replaced += 1
 
+    def reuse(self, source: Source) -> None:
+        """One was read from a store of recorded completions."""
+        with self._lock:
+            self._accounts[source].reused += 1
+
     def totals(self) -> dict[str, int]:
         """The run's fault counters, both sources together."""
         with self._lock:
@@ -103,7 +111,8 @@ class Ledger:
         with self._lock:
             for source, account in self._accounts.items():
                 saved = report[source]
-                account.past_produced, account.inserted = saved["produced"], saved["inserted"]
+                account.reused, account.inserted = saved["reused"], saved["inserted"]
+                account.past_produced = saved["produced"] - saved["reused"]
                 account.trained, account.replaced = saved["trained"], saved["replaced"]
                 account.dropped = Counter(saved["dropped"])
                 account.rejected = Counter(saved["rejected"])

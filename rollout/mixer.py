@@ -22,6 +22,7 @@ from rollout.grouping import form_groups
 from rollout.ledger import Ledger
 from rollout.messages import Lease
 from rollout.pool import WorkerPool
+from rollout.reuse import Reuse
 
 POLL_S = 0.5
 Ticket = tuple[str, CompletionKey]
@@ -49,9 +50,10 @@ class Mixer:
         *,
         decode: Callable[[Sequence[int]], str],
         on_wait: Callable[[str, float], None],
+        reuse: Reuse | None = None,
     ) -> None:
         self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
-        self._decode, self._on_wait = decode, on_wait
+        self._decode, self._on_wait, self._reuse = decode, on_wait, reuse
         self._requested = dict.fromkeys(Source, 0)  # last step asked for
         self._replacing = threading.Lock()  # rewards fail on the scorer's thread and, after a resume, on the trainer's
         self._replaced: set[CompletionKey] = set()
@@ -66,8 +68,9 @@ class Mixer:
         horizon = min(step + self.config.explorer.ahead_steps - 1, self.config.algorithm.steps)
         for source, last in ((Source.EXPLORER, horizon), (Source.LEARNER, step)):
             for ahead in range(self._requested[source] + 1, last + 1):
-                self.pool.submit([lease for lease in self.demand.leases(source, ahead) if not self._complete(lease)])
+                self._ask([lease for lease in self.demand.leases(source, ahead) if not self._complete(lease)])
             self._requested[source] = max(self._requested[source], last)
+        self._read_recorded()
 
     @property
     def wanted_step(self) -> int:
@@ -80,8 +83,10 @@ class Mixer:
         if purpose == "eval":
             if self._evaluation is not None and self._evaluation.arrive(completion):
                 self._submit(("eval", key), completion, self._evaluation.prompts[key.slot])
-        elif self.buffer.insert(completion):
-            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+        else:
+            if self._reuse is not None:
+                self._reuse.record(completion)
+            self._enter(completion)
 
     def collect(self, step: int) -> tuple[Group, ...]:
         """Wait until every prompt of `step` is complete or dropped, and take its groups out of the buffer."""
@@ -120,6 +125,24 @@ class Mixer:
         """Stop scoring."""
         self._rewards.close()
 
+    def _enter(self, completion: Completion) -> None:
+        key = completion.key
+        if self.buffer.insert(completion):
+            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+
+    def _ask(self, leases: list[Lease]) -> None:
+        """Have leases generated, but for what is on record."""
+        self.pool.submit(leases if self._reuse is None else self._reuse.missing(leases))
+
+    def _read_recorded(self) -> None:
+        """Take what is on record for the step that is wanted, and for later ones while the buffer has room."""
+        if self._reuse is None:
+            return
+        for completion in self._reuse.due(self.wanted_step, self.buffer.has_room):
+            if not self.buffer.knows(completion.key):
+                self.ledger.reuse(completion.key.source)
+                self._enter(completion)
+
     def _complete(self, lease: Lease) -> bool:
         """Whether a checkpoint already brought back all of a lease."""
         return all(
@@ -140,6 +163,7 @@ class Mixer:
         while not self.buffer.wait(lambda: missing() == 0, POLL_S):
             self.pool.check()
             self._rewards.check()
+            self._read_recorded()  # a replacement may be on record
             left, now = missing(), time.monotonic()
             if left < best:
                 best, since = left, now
@@ -186,4 +210,4 @@ class Mixer:
             if key not in self._replaced and not self.buffer.knows(key):
                 self._replaced.add(key)
                 self.ledger.replace(key.source)
-                self.pool.submit([self.demand.replacement(key)])
+                self._ask([self.demand.replacement(key)])

@@ -13,12 +13,12 @@ import torch
 
 from core.config import Evaluation
 from core.schema import Sampling, ScoredCompletion
+from rollout.prompting import held_out, load_prompts, stop_tokens
 from rollout.torch_engine import DTYPES, TorchEngine
 from trainer.benchmarks import BENCHMARKS, answer_prompts, find_benchmark
 from trainer.command import BAD_INPUT, OK, complain
 from trainer.family import default_cache_root, embedded_family
 from trainer.models import load_tokenizer
-from trainer.prompting import held_out, load_prompts, stop_tokens
 
 # Rewards are 0 and 1, or −1 and 1 in some users' functions.
 CORRECT_ABOVE = 0.5

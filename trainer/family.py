@@ -2,8 +2,10 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,3 +134,7 @@ def _locked(path: Path, timeout_s: float, on_progress: Progress) -> Iterator[Non
             else:
                 break
         yield
+
+
+if __name__ == "__main__":  # `python -m trainer.family SEED`: make or find the family, and say where it is
+    print(json.dumps(embedded_family(default_cache_root(), int(sys.argv[1]))._asdict(), default=str))

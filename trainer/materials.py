@@ -10,11 +10,11 @@ from core.prompts import PromptSchedule
 from core.schema import Prompt, Source
 from rollout.demand import Demand
 from rollout.fingerprint import fingerprints
+from rollout.prompting import held_out, load_prompts, stop_tokens
 from rollout.roster import RoleTerms
 from trainer.console import Console
 from trainer.family import Family, default_cache_root, embedded_family
 from trainer.models import load_tokenizer, require_same_tokenizer, vocab_size
-from trainer.prompting import held_out, load_prompts, stop_tokens
 from trainer.world import World
 
 

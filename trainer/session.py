@@ -138,6 +138,8 @@ class Session:
             on_wait=console.waiting,
         )
         self._closing.callback(rollouts.close)
+        if rollouts.reuse is not None:
+            console.say(f"explorer.store: {len(rollouts.reuse.store):,} completions on record")
         if checkpoint is not None:
             rollouts.restore(checkpoint / "trainer", step)
         rollouts.publish(self.learner)

@@ -10,11 +10,13 @@ import msgspec
 from core.config import Config
 from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
+from rollout.completion_store import CompletionStore
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
 from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
+from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
@@ -47,10 +49,20 @@ class Rollouts:
             on_completion=self._receive,
             may_grant=self._may_grant,
         )
-        self.mixer = Mixer(config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait)
-        for source, processes in ((Source.EXPLORER, self._explorers()), (Source.LEARNER, config.rollout.processes)):
-            for index in range(processes):
-                self.pool.spawn(source, index)
+        self._explorers_started = False
+        self.reuse: Reuse | None = None
+        if config.explorer.store and Source.EXPLORER in terms:
+            identity = store_identity(config, demand, terms[Source.EXPLORER].fingerprints)
+            store = CompletionStore(Path(config.explorer.store), identity)
+            self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
+        self.mixer = Mixer(
+            config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
+        )
+        steps = [step for step in range(1, config.algorithm.steps + 1) if demand.quota(step).explorer]
+        if steps and (self.reuse is None or not self.reuse.complete(steps)):
+            self._start_explorers()
+        for index in range(config.rollout.processes):
+            self.pool.spawn(Source.LEARNER, index)
 
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
@@ -85,17 +97,22 @@ class Rollouts:
             "buffer/resident": float(sum(resident.values())),
             "buffer/bytes": float(self.buffer.num_bytes),
             **{name: float(value) for name, value in self.ledger.totals().items()},
+            **({} if self.reuse is None else self.reuse.metrics()),
         }
 
     def close(self) -> None:
         """Stop workers and scorers."""
         self.pool.close("the run is over")
         self.mixer.close()
+        if self.reuse is not None:
+            self.reuse.close()
 
-    def _explorers(self) -> int:
-        """Explorers to start: none where the schedule never asks for one."""
-        steps = range(1, self.config.algorithm.steps + 1)
-        return self.config.explorer.processes if any(self.demand.quota(step).explorer for step in steps) else 0
+    def _start_explorers(self) -> None:
+        """The first time something must be generated: a run whose completions are all on record starts none."""
+        if not self._explorers_started:
+            self._explorers_started = True
+            for index in range(self.config.explorer.processes):
+                self.pool.spawn(Source.EXPLORER, index)
 
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""

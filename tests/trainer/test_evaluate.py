@@ -28,7 +28,7 @@ from trainer.benchmarks import BENCHMARKS, answer_prompts, find_benchmark
 from trainer.evaluate import Estimate, main, pass_at, summarise
 from trainer.models import load_tokenizer
 from trainer.pretrain import Recipe, Shape, make_family
-from trainer.prompting import load_prompts
+from rollout.prompting import load_prompts
 
 
 def scored(
