@@ -9,7 +9,8 @@ import torch
 
 from core.schema import Sampling
 from rollout.engine import Request, Sampled
-from rollout.torch_model import Cache, TorchModel
+from rollout.torch_cache import Cache
+from rollout.torch_model import TorchModel
 from rollout.torch_sampling import draw, row_keys, uniforms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,6 +97,7 @@ class TorchEngine:
                 yield rows.finished(row, step + 1, "stop" if stopped[row] else "length")
             rows.open &= ~stopped
             if last or not rows.open.any():
+                cache.release()
                 return
             if rows.open.sum() <= _COMPACT_AT * len(rows.open):
                 kept = np.flatnonzero(rows.open)
@@ -122,9 +124,11 @@ class TorchEngine:
         equal = bool((lengths == lengths[0]).all())
         logits, cache = self._model.prefill(self._tensor(token_ids), self._tensor(lengths), equal=equal)
         repeated = self._tensor(np.array(prompt_of_row))
+        cache.grow()  # first, while it is small
         cache.take(repeated)
         return logits[repeated], cache
 
+    @torch.inference_mode()
     def _draw(self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling) -> torch.Tensor:
         """Draw token number `step` of every row and note it on the host; int64 [B] on the device."""
         tokens, logprobs = draw(logits, self._tensor(rows.noise[step % _NOISE_BLOCK]), sampling)

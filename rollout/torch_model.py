@@ -8,60 +8,15 @@ its own first token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from rollout.torch_cache import Arena, Cache
 from rollout.torch_weights import Weights
 
-# On CPU, softmax and batched products over whole vectors are several times faster than over a ragged end.
-SLOT_BLOCK = 16
-
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Cache:
-    """Keys and values of B rows, all filled up to the same slot.
-
-    All S slots take part in every step, masked by `bias` (0 where a row may look, -inf at its padding and at slots not
-    yet written): a contiguous read of some empty slots is faster than a strided read of the full ones. So S is kept
-    near what is filled, and grows by a quarter.
-    """
-
-    keys: list[torch.Tensor]  # L of [B·K, S, D], zero where not written
-    values: list[torch.Tensor]
-    bias: torch.Tensor  # [B·K, 1, S]
-    positions: torch.Tensor  # int64 [B]: the position of the row's next token; [1] where all rows' are equal
-    filled: int  # slots written
-    kv_heads: int
-
-    @property
-    def full(self) -> bool:
-        return self.filled == self.bias.shape[-1]
-
-    def take(self, rows: torch.Tensor) -> None:
-        """Keep the rows `rows`, int64 [B], which may repeat."""
-        self.keys = [self._rows(old, rows) for old in self.keys]
-        self.values = [self._rows(old, rows) for old in self.values]
-        self.bias = self._rows(self.bias, rows)
-        if len(self.positions) > 1:
-            self.positions = self.positions[rows]
-
-    def _rows(self, old: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return old.unflatten(0, (-1, self.kv_heads))[rows].flatten(0, 1)
-
-    def grow(self) -> None:
-        """Make room for at least one more token."""
-        slots = (max(self.filled + 1, self.filled * 5 // 4) + SLOT_BLOCK - 1) // SLOT_BLOCK * SLOT_BLOCK
-        for tensors in (self.keys, self.values):
-            for index, old in enumerate(tensors):
-                tensors[index] = new = old.new_empty(old.shape[0], slots, old.shape[2])
-                new[:, : self.filled] = old
-                new[:, self.filled :] = 0
-        self.bias = F.pad(self.bias, (0, slots - self.filled), value=-torch.inf)
 
 
 class TorchModel:
@@ -76,6 +31,7 @@ class TorchModel:
         self.shape = self.weights.shape
         self._eps = torch.tensor(self.shape.eps, device=self.device)
         self._rotations = self._rotation_table(1)
+        self._arena = Arena(self.device, dtype)
 
     def _rotation_table(self, positions: int) -> torch.Tensor:
         """exp(i·position·frequency), complex64 [positions, 1, 1, D/2]."""
@@ -134,13 +90,11 @@ class TorchModel:
         real = slot >= first
         # Padding looks at itself: a softmax over nothing is NaN, and would spread.
         visible = (real.unsqueeze(1) & (slot <= slot.unsqueeze(1))) | torch.eye(slots, device=self.device).bool()
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
+        memory, cached = self._arena.lend(s.layers, 2, rows * s.kv_heads, slots, s.head_dim)
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             query, key, value = (t.reshape(rows, slots, -1, s.head_dim).transpose(1, 2) for t in (query, key, value))
-            keys.append(key.flatten(0, 1))
-            values.append(value.flatten(0, 1))
+            cached[index, 0], cached[index, 1] = key.flatten(0, 1), value.flatten(0, 1)
             gqa = s.heads != s.kv_heads
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1), enable_gqa=gqa)
             return mixed.transpose(1, 2).reshape(rows * slots, s.heads * s.head_dim)
@@ -149,7 +103,8 @@ class TorchModel:
         hidden = self._hidden(token_ids.flatten(), positions.flatten(), attend).view(rows, slots, s.hidden)
         bias = torch.zeros(real.shape, device=self.device, dtype=self.dtype).masked_fill_(~real, -torch.inf)
         bias = bias.repeat_interleave(s.kv_heads, 0).unsqueeze(1)
-        cache = Cache(keys, values, bias, lengths[:1] if equal else lengths, slots, s.kv_heads)
+        positions = lengths[:1] if equal else lengths
+        cache = Cache(memory, cached, bias, positions, slots, s.kv_heads, self._arena)
         return self._logits(hidden[:, -1]), cache
 
     @torch.inference_mode()
@@ -162,7 +117,7 @@ class TorchModel:
         cache.bias[:, :, slot] = 0
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.keys[index], cache.values[index]
+            keys, values = cache.keys_values[index]
             keys.select(1, slot).copy_(key.flatten(0, 1))
             values.select(1, slot).copy_(value.flatten(0, 1))
             scores = torch.baddbmm(cache.bias, query.flatten(0, 1), keys.transpose(1, 2), alpha=s.head_dim**-0.5)
