@@ -82,7 +82,10 @@ def _adapted(function: Any, name: str) -> Reward:
     if not callable(function) or inspect.iscoroutinefunction(function):
         kind = "an async function" if callable(function) else f"a {type(function).__name__}"
         raise ValueError(f'reward.function = "{name}" is {kind}; it must be a plain function')
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:  # a function written in C
+        raise ValueError(f'reward.function = "{name}": {error}; wrap it in a Python function') from error
     names = [parameter.name for parameter in parameters]
     trl, verl = "completions" in names, "solution_str" in names
     if trl == verl:

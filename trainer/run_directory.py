@@ -12,6 +12,7 @@ import msgspec
 
 from core.config import Config
 from core.configfile import ConfigError, write_resolved
+from core.metrics import FILE_NAME as METRICS_FILE
 
 CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "lock"
 
@@ -46,7 +47,7 @@ class RunDirectory:
             raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
         if foreign and not holds_run:
             raise ConfigError(f"run.dir: {self.path} holds other files ({', '.join(foreign[:3])} …); choose another")
-        if holds_run and clean:
+        if holds_run and (clean or (not resume and came_to_nothing(self.path))):
             empty(self.path)
         elif holds_run and not resume:
             raise ConfigError(
@@ -86,6 +87,14 @@ def hold(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+def came_to_nothing(path: Path) -> bool:
+    """Whether a run's start failed before it had a result, so that nothing is lost with its files."""
+    metrics = path / METRICS_FILE
+    if metrics.exists() and metrics.stat().st_size:
+        return False
+    return not any(next((path / name).rglob("*"), None) for name in ("checkpoints", "rollouts", "model"))
 
 
 def empty(path: Path) -> None:

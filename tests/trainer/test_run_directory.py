@@ -28,9 +28,24 @@ def test_a_second_start_counts_and_keeps_the_run_id(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_holds_a_run_is_refused_with_both_remedies(tmp_path: Path) -> None:
+    for result in ("metrics.jsonl", "checkpoints/step_1/model.safetensors", "rollouts/step_000001.parquet"):
+        path = tmp_path / result.partition(".")[0]
+        RunDirectory(config(path), resume=False, clean=False).close()
+        (path / result).parent.mkdir(exist_ok=True)
+        (path / result).write_text("something")
+        with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--clean"):
+            RunDirectory(config(path), resume=False, clean=False)
+        assert (path / result).read_text() == "something"
+
+
+def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:
     RunDirectory(config(tmp_path), resume=False, clean=False).close()
-    with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--clean"):
-        RunDirectory(config(tmp_path), resume=False, clean=False)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "logs" / "explorer-0.log").write_text("it failed")
+    second = RunDirectory(config(tmp_path, group_size=16), resume=False, clean=False)
+    second.close()
+    assert second.incarnation == 1
+    assert not (tmp_path / "logs" / "explorer-0.log").exists()
 
 
 def test_clean_deletes_the_run_and_nothing_but_runs(tmp_path: Path) -> None:
