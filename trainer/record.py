@@ -2,19 +2,21 @@
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from core.anneal import Quota
 from core.metrics import RunLog, is_evaluation, read_metrics
-from core.schema import Group
+from core.schema import Group, ScoredCompletion
 from rollout.store import write_rollouts
 from trainer.console import Console
 from trainer.report import write_report
 from trainer.run_directory import write_atomic
 from trainer.step_metrics import group_metrics
+from trainer.timeline import PROCESS, Span, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
 
 
@@ -35,20 +37,31 @@ class Recorder:
         """The clock of the next step starts."""
         self._began_s = time.monotonic()
 
-    def step(self, step: int, groups: Sequence[Group], quota: Quota, metrics: Mapping[str, float]) -> None:
+    def step(
+        self, step: int, groups: Sequence[Group], quota: Quota, metrics: Mapping[str, float], spans: Mapping[str, Span]
+    ) -> None:
         """A step trained: its line, its rows and its spans."""
         seconds = time.monotonic() - self._began_s
         tokens = sum(len(row.completion.tokens) for group in groups for row in group.rows)
         self._total_tokens += tokens
         throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
-        line = {"step": step, **group_metrics(groups, quota, step), **metrics, **throughput}
+        waited = wait_shares(groups, spans["wait"])
+        line = {"step": step, **group_metrics(groups, quota, step), **metrics, **waited, **throughput}
         self.console.step(self.log.write(line))
         write_rollouts(self.path, step, groups)
-        self._trace_leases(step, groups)
+        trace_step(self.tracer, step, groups, spans)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out results after `step`."""
+    def evaluation(self, step: int, rows: Sequence[Sequence[ScoredCompletion]], metrics: Mapping[str, float]) -> None:
+        """Held-out completions after `step`, and what they measure."""
+        trace_leases(self.tracer, f"evaluation after step {step}", chain.from_iterable(rows), {"step": step})
         self.console.evaluation(self.log.write({"step": step, **metrics}))
+
+    @contextmanager
+    def stage(self, name: str, step: int) -> Iterator[None]:
+        """Note in the trace how long something between two steps took."""
+        start_s = time.monotonic()
+        yield
+        self.tracer.add(PROCESS, name, name, start_s, time.monotonic(), {"step": step})
 
     def ledger(self, report: Mapping[str, Any]) -> None:
         """The accounts, and a loud line where they do not add up."""
@@ -65,14 +78,3 @@ class Recorder:
         """Close the files."""
         self.tracer.close()
         self.log.close()
-
-    def _trace_leases(self, step: int, groups: Sequence[Group]) -> None:
-        """One span per lease that the step's completions came from, on the track of its worker."""
-        ends: dict[tuple[str, float], float] = defaultdict(float)
-        for group in groups:
-            for row in group.rows:
-                lease = row.completion.worker, row.completion.started_s
-                ends[lease] = max(ends[lease], row.completion.finished_s)
-        for (worker, started_s), finished_s in ends.items():
-            self.tracer.add(worker, "generate", f"for step {step}", started_s, finished_s, {"step": step})
-        self.tracer.flush()

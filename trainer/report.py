@@ -14,9 +14,9 @@ from core.config import Config
 from core.confighelp import explain
 from core.metrics import is_evaluation, read_metrics
 from trainer.curves import curves_section, headline_chart, mixing_chart
+from trainer.diagnosis import diagnosis
 from trainer.samples import samples_section
 from trainer.tables import configuration_table, evaluation_table, ledger_table, quota_table, tiles
-from trainer.wording import diagnosis
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -80,7 +80,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _lead(run: Run) -> str:
     """Each line with a capital and a full stop."""
-    lines = [*explain(run.config), *diagnosis(run.training)]
+    lines = [*explain(run.config), *diagnosis(run.training, run.config)]
     return "".join(f"<p>{html.escape(line[0].upper() + line[1:])}.</p>" for line in lines)
 
 

@@ -68,7 +68,8 @@ class Session:
 
     def pack(self, groups: Sequence[Group]) -> StepBatch:
         """This rank's part of the step's optimizer updates."""
-        return pack_step(groups, self.config, rank=self.world.rank, world_size=self.world.size)
+        with self.stream.stages("pack"):
+            return pack_step(groups, self.config, rank=self.world.rank, world_size=self.world.size)
 
     def evaluate_first(self) -> None:
         """Evaluate π_θ before its first step."""
@@ -80,7 +81,8 @@ class Session:
     def finish(self, step: int, groups: Sequence[Group], metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
-            self.recorder.step(step, groups, self.materials.demand.quota(step), metrics | self.stream.metrics())
+            quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics()
+            self.recorder.step(step, groups, quota, metrics, self.stream.stages.take(metrics["time/score"]))
         every, last = self.config.evaluation.every, self.config.algorithm.steps
         if step == last or (every and step % every == 0):
             self._evaluate(step)
@@ -148,7 +150,9 @@ class Session:
     def _evaluate(self, step: int) -> None:
         prompts, recorder = self.materials.eval_prompts, self.recorder
         if prompts and recorder is not None and step not in recorder.log.evaluated_steps:
-            recorder.evaluation(step, summarise(self.stream.evaluate(step, prompts), self.config.evaluation))
+            with recorder.stage("evaluate", step):
+                rows = self.stream.evaluate(step, prompts)
+                recorder.evaluation(step, rows, summarise(rows, self.config.evaluation))
 
     def _save(self, step: int) -> None:
         """A checkpoint of everything a resumed run needs, with a Hugging Face directory inside."""
@@ -160,17 +164,15 @@ class Session:
             "optimizer": lambda directory: self.learner.save_state(directory / "trainer"),
             "rollouts": lambda directory: rollouts.save(directory / "trainer"),
         }
-        write_checkpoint(self.path / "checkpoints", step, parts, keep=self.config.checkpoint.keep)
+        with self.recorder.stage("checkpoint", step):
+            write_checkpoint(self.path / "checkpoints", step, parts, keep=self.config.checkpoint.keep)
         self.recorder.ledger(rollouts.report())
 
 
 def dry_run(config: Config) -> list[str]:
     """Read models and data of a configuration and say what was found; nothing is made, started or written."""
     check_paths(config)
-    try:
-        if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
-            return list(load_questions(config.data, "train", config.run.seed).report)
-        world = World(rank=0, size=1, device=torch.device("cpu"))
-        return load_materials(config, world, Console(config)).report
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if config.learner.model.startswith(EMBEDDED):
+        return list(load_questions(config.data, "train", config.run.seed).report)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    return load_materials(config, world, Console(config)).report

@@ -1,6 +1,5 @@
 """The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
+from trainer.timeline import Stages
 from trainer.world import World
 
 KEPT_WEIGHTS = 2  # the newest, and the one a worker may still be reading
@@ -55,13 +55,9 @@ class Rollouts:
             identity = store_identity(config, demand, terms[Source.EXPLORER].fingerprints)
             store = CompletionStore(Path(config.explorer.store), identity)
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
-        try:
-            self.mixer = Mixer(
-                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
-            )
-        except BaseException:  # such as a reward function that cannot be used
-            self.pool.close("the trainer did not start")
-            raise
+        self.mixer = Mixer(
+            config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
+        )
         steps = [step for step in range(1, config.algorithm.steps + 1) if demand.quota(step).explorer]
         if steps and (self.reuse is None or not self.reuse.complete(steps)):
             self._start_explorers()
@@ -134,7 +130,7 @@ class GroupStream:
 
     def __init__(self, world: World, rollouts: Rollouts | None) -> None:
         self.world, self.rollouts = world, rollouts
-        self.seconds = {"time/wait_for_batch": 0.0, "time/publish": 0.0}  # of the last step
+        self.stages = Stages()
 
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; asking again does nothing."""
@@ -143,24 +139,26 @@ class GroupStream:
 
     def collect(self, step: int) -> tuple[Group, ...]:
         """The groups of `step`, each with exactly its quota."""
-        start = time.monotonic()
-        groups = () if self.rollouts is None else self.rollouts.mixer.collect(step)
-        if self.world.size > 1:
-            payload = None if self.rollouts is None else msgspec.msgpack.encode(groups)
-            groups = msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
-        self.seconds["time/wait_for_batch"] = time.monotonic() - start
-        return groups
+        with self.stages("wait"):
+            groups = () if self.rollouts is None else self.rollouts.mixer.collect(step)
+            if self.world.size > 1:
+                payload = None if self.rollouts is None else msgspec.msgpack.encode(groups)
+                groups = msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
+            return groups
 
     def publish(self, learner: Learner) -> None:
         """Give the rollout workers the learner's weights."""
-        start = time.monotonic()
-        if self.rollouts is not None:
-            self.rollouts.publish(learner)
-        self.seconds["time/publish"] = time.monotonic() - start
+        with self.stages("publish"):
+            if self.rollouts is not None:
+                self.rollouts.publish(learner)
 
     def metrics(self) -> dict[str, float]:
         """Waiting times and gauges of the last step."""
-        return self.seconds | ({} if self.rollouts is None else self.rollouts.metrics())
+        seconds = {
+            "time/wait_for_batch": self.stages.seconds("wait"),
+            "time/publish": self.stages.seconds("publish"),
+        }
+        return seconds | ({} if self.rollouts is None else self.rollouts.metrics())
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from core.config import Config
 from core.metrics import is_evaluation
+from trainer.diagnosis import diagnosis
 
-WAIT_BOUND = 0.4
 LOSS_NOTE = "the loss starts near 0 by construction (ratios near 1, advantages that sum to 0): watch reward and pass@1"
 FAULTS = {
     "fault/dropped": "completions dropped (their reward failed or timed out); replaced or counted in ledger.json",
@@ -62,23 +62,8 @@ def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float) 
     if training:
         tokens = training[-1].get("num_tokens") or 0
         texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}")
-        texts += diagnosis(training)
+        texts += diagnosis(training, config)
     return texts
-
-
-def diagnosis(training: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The bottleneck in a sentence, from `time/wait_for_batch`; nothing where it was not measured."""
-    steady = training[1:]
-    total = sum(line.get("step_time") or 0.0 for line in steady)
-    if not total:
-        return []
-    share = sum(line.get("time/wait_for_batch") or 0.0 for line in steady) / total
-    if share < WAIT_BOUND:
-        return [f"{share:.0%} of the time waited for completions: training is the bottleneck"]
-    return [
-        f"{share:.0%} of the time waited for completions: generation is the bottleneck (more rollout.processes or "
-        "explorer.processes, or algorithm.lookahead=1, overlap it)"
-    ]
 
 
 def pass_at_text(metrics: Mapping[str, Any]) -> str:

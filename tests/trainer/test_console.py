@@ -11,7 +11,7 @@ import pytest
 from core.config import Algorithm, Config
 from trainer import console as console_module
 from trainer.console import Console
-from trainer.wording import diagnosis, duration_text, flat_text, summary
+from trainer.wording import duration_text, flat_text, summary
 
 REPORT, MODEL = Path("runs/tiny/report.html"), Path("runs/tiny/model")
 
@@ -174,15 +174,6 @@ def test_the_summary_of_a_run_without_evaluation_or_training():
     assert summary([], Config(), 1.0) == []
     assert len(summary([step_line(1)], Config(), 1.0)) == 1
     assert "accuracy 30.0 % → 30.0 %" in summary([evaluation_line(0, 0.3)], Config(), 1.0)[0]
-
-
-@pytest.mark.parametrize(("wait", "part"), [(0.1, "training is the bottleneck"), (0.4, "generation is the bottleneck")])
-def test_the_bottleneck_is_named(wait, part):
-    training = [step_line(1, step_time=50.0)] + [
-        step_line(step, **{"time/wait_for_batch": wait}) for step in range(2, 9)
-    ]
-    (text,) = diagnosis(training)
-    assert part in text
 
 
 def test_other_ranks_are_silent(monkeypatch):

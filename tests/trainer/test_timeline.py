@@ -1,0 +1,143 @@
+"""Spans of a step, what it waited for, arrows into its updates; and the sentence that says what bounds a run."""
+
+from pathlib import Path
+
+import pytest
+
+from core.config import Algorithm, Config
+from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
+from trainer.diagnosis import diagnosis
+from trainer.timeline import Span, Stages, trace_step, wait_shares
+from trainer.tracer import Tracer, read_trace
+
+
+def scored(source: Source, worker: str, started_s: float, finished_s: float, sample: int = 0) -> ScoredCompletion:
+    completion = Completion(
+        key=CompletionKey(source=source, step=1, slot=0, sample=sample), prompt_uid="p", token_bytes=pack_tokens([1]),
+        logprob_bytes=pack_logprobs([-1.0]), finish="stop", version=0, worker=worker, started_s=started_s,
+        finished_s=finished_s,
+    )  # fmt: skip
+    return ScoredCompletion(completion=completion, reward=1.0, text="")
+
+
+def group(*rows: ScoredCompletion) -> Group:
+    prompt = Prompt(uid="p", token_ids=(5,), text="5", answer="1")
+    return Group(prompt=prompt, step=1, slot=0, rows=rows, advantages=(0.0,) * len(rows))
+
+
+ROWS = (
+    scored(Source.EXPLORER, "explorer-0.a", 1.0, 2.0),
+    scored(Source.LEARNER, "learner-0.b", 8.0, 9.0),
+    scored(Source.LEARNER, "learner-0.b", 8.0, 12.0, 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected"),
+    [
+        ((10.0, 12.5), (0.0, 2.0, 0.5)),  # the learner's last row, then its reward
+        ((13.0, 13.5), (0.0, 0.0, 0.5)),  # all was generated before: only rewards were missing
+        ((10.0, 11.0), (0.0, 1.0, 0.0)),  # a clock that is ahead of ours
+    ],
+)
+def test_a_wait_is_shared_out(wait: tuple[float, float], expected: tuple[float, float, float]) -> None:
+    shares = wait_shares([group(*ROWS)], Span(*wait))
+    names = ("time/wait_for_explorer", "time/wait_for_learner", "time/wait_for_rewards")
+    assert tuple(shares[name] for name in names) == pytest.approx(expected)
+    assert sum(shares.values()) == pytest.approx(wait[1] - wait[0])
+
+
+def test_the_explorer_is_named_where_it_came_last() -> None:
+    rows = (scored(Source.LEARNER, "l", 1.0, 2.0), scored(Source.EXPLORER, "e", 1.0, 3.0))
+    assert wait_shares([group(*rows)], Span(2.5, 3.0))["time/wait_for_explorer"] == pytest.approx(0.5)
+
+
+def test_scoring_and_training_lie_between_packing_and_publishing() -> None:
+    stages = Stages()
+    for name in ("wait", "pack", "publish"):
+        with stages(name):
+            pass
+    assert stages.seconds("wait") > 0
+    spans = stages.take(score_s=0.0)
+    assert list(spans) == ["wait", "pack", "score", "train", "publish"]
+    assert spans["score"].seconds == 0
+    assert spans["train"].end_s == spans["publish"].start_s
+    assert stages.take(0.0) == {}
+
+
+def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path)
+    spans = {"wait": Span(10.0, 12.5), "score": Span(12.6, 12.8), "train": Span(12.8, 14.0)}
+    trace_step(tracer, 1, [group(*ROWS)], spans)
+    tracer.close()
+    events = read_trace(tmp_path)
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    rows = {
+        (processes[event["pid"]], event["args"]["name"]): (event["pid"], event["tid"])
+        for event in events
+        if event["name"] == "thread_name"
+    }
+    assert rows.keys() == {
+        ("trainer", "wait"), ("trainer", "score"), ("trainer", "train"), ("explorer-0.a", "generate"),
+        ("learner-0.b", "generate"),
+    }  # fmt: skip
+    leases = [event for event in events if event["ph"] == "X" and event["name"] == "step 1"]
+    assert [event["args"]["completions"] for event in leases] == [1, 2]
+    starts = [event for event in events if event["ph"] == "s"]
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert {(event["pid"], event["tid"]) for event in starts} == {
+        rows["explorer-0.a", "generate"], rows["learner-0.b", "generate"],
+    }  # fmt: skip
+    for start in starts:
+        end = ends[start["id"]]
+        assert (end["pid"], end["tid"]) == rows["trainer", "train"]
+        assert start["ts"] < end["ts"] == 12.8e6
+
+
+def line(**seconds: float) -> dict[str, float]:
+    named = {f"time/{name}": value for name, value in seconds.items() if name != "total"}
+    return {"step_time": seconds["total"], **named}
+
+
+SLOW_FIRST = line(total=90.0, wait_for_batch=89.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "lookahead", "parts"),
+    [
+        (
+            line(total=1.0, wait_for_batch=0.6, wait_for_learner=0.45, wait_for_explorer=0.15, train=0.2, score=0.1),
+            0,
+            (
+                "generation-bound: the learner waited 60% of the step",
+                "75% of that for the learner's own",
+                "lookahead=1",
+            ),
+        ),
+        (
+            line(total=1.0, wait_for_batch=0.5, wait_for_explorer=0.5, train=0.3),
+            1,
+            ("generation-bound", "100% of that for the explorer's", "explorer.processes"),
+        ),
+        (
+            line(total=1.0, wait_for_batch=0.3, wait_for_learner=0.3, train=0.4, score=0.2),
+            0,
+            ("training-bound: scoring and updates took 60% of the step", "30%", "algorithm.lookahead=1"),
+        ),
+        (line(total=1.0, wait_for_batch=0.02, train=0.8), 1, ("training-bound", "80%", "would not help")),
+        (
+            line(total=1.0, wait_for_batch=0.7, wait_for_rewards=0.6, wait_for_learner=0.1, train=0.2),
+            1,
+            ("reward-bound: the learner waited 60% of the step for rewards", "reward.workers"),
+        ),
+        (line(total=1.0, publish=0.6, train=0.3), 1, ("publishing-bound", "60%")),
+    ],
+)
+def test_one_sentence_says_what_bounds_the_run(step: dict[str, float], lookahead: int, parts: tuple[str, ...]) -> None:
+    config = Config(algorithm=Algorithm(lookahead=lookahead))
+    (text,) = diagnosis([SLOW_FIRST, *[step] * 5], config)
+    assert all(part in text for part in parts), text
+
+
+def test_nothing_measured_is_nothing_said() -> None:
+    assert diagnosis([], Config()) == diagnosis([SLOW_FIRST], Config()) == []
