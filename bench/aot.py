@@ -107,7 +107,7 @@ def assemble(ptx: str, capability: int) -> dict[str, int]:
     import triton
 
     nvidia = triton.knobs.nvidia
-    tool = nvidia.ptxas_blackwell.path if capability >= 100 else nvidia.ptxas.path
+    tool = (getattr(nvidia, "ptxas_blackwell", nvidia.ptxas) if capability >= 100 else nvidia.ptxas).path
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "kernel.ptx"
         place.write_text(ptx, encoding="utf-8")

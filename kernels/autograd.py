@@ -48,8 +48,10 @@ class HeadPlan:
 
 
 def default_chunk_rows(rows: Backend, vocabulary: int, itemsize: int) -> int:
-    """Rows of a chunk of logits within the backend's budget: a multiple of 16, at least 16."""
-    return max(16, min(rows.CHUNK_ROWS, rows.CHUNK_BYTES // (vocabulary * itemsize) // 16 * 16))
+    """Rows of a chunk of logits within the backend's budget: a multiple of 256, the larger of a product's tiles, or
+    of 16."""
+    most = max(16, min(rows.CHUNK_ROWS, rows.CHUNK_BYTES // (vocabulary * itemsize)))
+    return most // 256 * 256 if most >= 256 else most // 16 * 16
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, plan: HeadPlan, resident: bool | None) -> LogProb:

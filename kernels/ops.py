@@ -146,15 +146,29 @@ def linear_policy_loss(
     checkpointing, which runs forward twice. The other arguments are those of `linear_logprob` and `policy_loss`.
     """
     check_head(hidden, weight, targets)
-    tokens = hidden.shape[0]
-    check_rows("token_weight", token_weight, tokens)
+    check_rows("token_weight", token_weight, hidden.shape[0])
     settings = LossSettings(ratio, clip_low, clip_high, dual_clip, kl_coef)
     mask = None if token_weight is None else token_weight != 0
-    rows = _rows(
-        hidden, tokens, settings, anchor_logprob, advantage, is_weight, ref_logprob, kl_weight, cu_seqlens, mask
-    )
-    scale = inverse_temperature(temperature, tokens, hidden)
+    more = (anchor_logprob, advantage, is_weight, ref_logprob, kl_weight, cu_seqlens, mask)
+    rows = _rows(hidden, hidden.shape[0], settings, *more)
     name = implementation(impl, hidden.device)
+    head = (hidden, weight, targets, temperature)
+    return _fused(head, rows, settings, entropy_coef, token_weight, name, fp32_logits, main_grad, chunk_rows)
+
+
+def _fused(
+    head: tuple[Tensor, Tensor, Tensor, float | Tensor],
+    rows: LossRows,
+    settings: LossSettings,
+    entropy_coef: float,
+    token_weight: Tensor | None,
+    name: str,
+    fp32_logits: bool,
+    main_grad: Tensor | None,
+    chunk_rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Metrics]:
+    hidden, weight, targets, temperature = head
+    scale = inverse_temperature(temperature, hidden.shape[0], hidden)
     if name == "reference":
         if main_grad is not None:
             raise ValueError("main_grad needs impl='torch' or 'triton': the reference leaves gradients to autograd")

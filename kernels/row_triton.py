@@ -137,4 +137,6 @@ def _loss_arguments(rows: LossRows) -> tuple[Tensor | None, ...]:
 
 
 def _numbers(settings: LossSettings) -> tuple[float, ...]:
-    return 1 - settings.clip_low, 1 + settings.clip_high, settings.dual_clip, settings.kl_coef
+    # float() because Triton would bake an integer 1 into the kernel and compile another one.
+    bounds = 1 - settings.clip_low, 1 + settings.clip_high, settings.dual_clip, settings.kl_coef
+    return tuple(float(bound) for bound in bounds)

@@ -53,3 +53,30 @@ def test_a_head_with_a_bias_is_refused(model):
     model.set_output_embeddings(torch.nn.Linear(32, 67))
     with pytest.raises(ValueError, match="no bias"):
         LogprobHead.install(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_training_step_in_the_interpreter_gives_the_parameters_of_the_torch_path(model, ratio):
+    scorer, start = LogprobModel(model), {k: v.clone() for k, v in model.state_dict().items()}
+    ids = torch.randint(0, 67, (2, 9))
+    rows = torch.tensor([2, 3, 4, 12, 13])
+    anchor, advantage = -4 - torch.rand(5), torch.randn(5)
+
+    def parameters(impl):
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss, *_ = scorer(
+                {"input_ids": ids}, rows, ids.flatten()[rows + 1], anchor, advantage, impl=impl, ratio=ratio,
+                cu_seqlens=torch.tensor([0, 3, 5]), ref_logprob=anchor, kl_coef=0.05, entropy_coef=0.01,
+            )  # fmt: skip
+            loss.backward()
+            optimizer.step()
+        return {k: v.clone() for k, v in model.named_parameters()}
+
+    wanted, found = parameters("torch"), parameters("triton")
+    assert any(not torch.equal(wanted[name], start[name]) for name in wanted)
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=0)
