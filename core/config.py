@@ -77,7 +77,11 @@ class Learner(Section, frozen=True, kw_only=True):
     warmup_updates: Annotated[int, Meta(description="Optimizer updates of linear warm-up.", ge=0)] = 4
     grad_clip: Annotated[float, Meta(description="Largest global gradient norm.", gt=0)] = 1.0
     micro_batch_rows: Annotated[int, Meta(description="Completions per forward pass and rank; must divide mini_batch_prompts × group_size.", ge=1)] = 64
+    micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 0
     gradient_checkpointing: Annotated[bool, Meta(description="Recompute activations in the backward pass.")] = False
+    backend: Annotated[Literal["torch", "deepspeed"], Meta(description="What trains: plain data-parallel torch (every rank holds everything), or DeepSpeed, which shards over the ranks.")] = "torch"
+    zero_stage: Annotated[int, Meta(description="DeepSpeed shards nothing (0), optimizer states (1), gradients too (2), parameters too (3).", ge=0, le=3)] = 2
+    offload: Annotated[Literal["none", "optimizer", "parameters"], Meta(description="What DeepSpeed keeps in host memory: nothing, optimizer states (stages 1 to 3), or those and parameters (stage 3).")] = "none"
     kernels: Annotated[Literal["auto", "triton", "torch", "reference"], Meta(description="Implementation of the log-prob and loss kernels; auto picks by device.")] = "auto"
     max_nonfinite_updates: Annotated[int, Meta(description="Consecutive updates skipped for a non-finite gradient before the run stops.", ge=1)] = 3
 

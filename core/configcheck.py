@@ -20,7 +20,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
 
     Reads no file: `check_paths` does.
     """
-    checks = (_schedule, _batches, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
+    checks = (_schedule, _batches, _learner, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
     problems += _ranks(config, world_size)
     if problems:
@@ -81,6 +81,8 @@ def _batches(config: Config) -> Iterator[str]:
             f"algorithm.mini_batch_prompts = {mini} does not divide algorithm.prompts_per_step = {prompts}: "
             f"use one of {_divisors(prompts)}"
         )
+    if config.learner.micro_batch_tokens:
+        return
     if algorithm.mixing == "authors_code":
         # Its two phases hold G_w or G_s completions per prompt; what divides the prompts divides every phase.
         if mini % micro:
@@ -95,10 +97,19 @@ def _batches(config: Config) -> Iterator[str]:
         )
 
 
+def _learner(config: Config) -> Iterator[str]:
+    learner, longest = config.learner, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if 0 < learner.micro_batch_tokens < longest:
+        yield f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold a row: use {longest} or more"
+    stage = {"none": 0, "optimizer": 1, "parameters": 3}[learner.offload]
+    if learner.offload != "none" and (learner.backend != "deepspeed" or learner.zero_stage < stage):
+        yield f'learner.offload = "{learner.offload}": use learner.backend=deepspeed learner.zero_stage={stage} or more'
+
+
 def _ranks(config: Config, world_size: int) -> Iterator[str]:
     micro, mini = config.learner.micro_batch_rows, config.algorithm.mini_batch_prompts
     rows = mini if config.algorithm.mixing == "authors_code" else mini * config.algorithm.group_size
-    if world_size > 1 and rows % (micro * world_size):
+    if world_size > 1 and not config.learner.micro_batch_tokens and rows % (micro * world_size):
         yield (
             f"{world_size} trainer ranks x learner.micro_batch_rows = {micro} do not divide the {rows} completions "
             f"that an update shares out: change one of them"

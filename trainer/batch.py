@@ -1,8 +1,5 @@
 """From groups to the tensors of optimizer updates.
 
-Shape suffixes: R rows of a micro-batch, L tokens of its longest row (prompt and completion), T completion tokens of all
-its rows, one after the other without padding.
-
     step ─ phases (one; two in authors_code) ─ mini-batches (one update each) ─ micro-batches (one forward pass each)
 
 Which rows an update holds and how much each token weighs depend on the groups alone, never on the number of ranks, so
@@ -10,66 +7,13 @@ that 1, 2 or 4 ranks give the same update.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, Self
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from core.config import Config, Loss
 from core.schema import Group, ScoredCompletion, Source
-
-SOURCES = (Source.EXPLORER, Source.LEARNER)  # `source_T` holds positions in this tuple
-NO_SOURCE = -1
-
-
-class Row(NamedTuple):
-    """One completion on its way into a tensor, cut to the limit."""
-
-    prompt_ids: tuple[int, ...]
-    tokens: np.ndarray  # int32
-    logprobs: np.ndarray  # float32, log μ
-    advantage: float
-    source: int  # position in SOURCES, or NO_SOURCE for a row that only fills a rank's place
-    explorer_share: float  # G_w / G of its group
-    in_loss: bool
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and completion."""
-        return len(self.prompt_ids) + len(self.tokens)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward pass of one rank, right-padded; everything per token is packed.
-
-    Padding stands to the right, where causal attention never looks, so no attention mask is needed and the value of a
-    pad never matters. `sources` are those of this forward pass on any rank: all ranks skip the same scoring passes.
-    """
-
-    index: int  # position among the rank's micro-batches of the step
-    sources: frozenset[Source]
-    ids_RL: Tensor  # int64
-    state_T: Tensor  # int64: where in the flattened [R·L] stands the hidden state that predicts the token
-    target_T: Tensor  # int64: the token
-    row_T: Tensor  # int64
-    start_R1: (
-        Tensor  # int32 [R + 1]: where each row's tokens start in T; stays on the CPU, so that reading it never waits
-    )
-    source_T: Tensor  # int64
-    advantage_T: Tensor  # float32
-    sampler_T: Tensor  # float32: log μ
-    explorer_share_T: Tensor  # float32
-    token_weight_T: Tensor  # float32: the factor of the token in the update's loss (`token_weights`)
-
-    def to(self, device: torch.device) -> Self:
-        """The same micro-batch with its tensors on `device`."""
-        names = [name for name, value in vars(self).items() if isinstance(value, Tensor) and name != "start_R1"]
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+from trainer.micro_batch import SOURCES, MicroBatch, Row, WeightedRow, make_micro_batch, placeholder
+from trainer.packing import pack_rows
 
 
 @dataclass(frozen=True)
@@ -173,59 +117,45 @@ def _row(group: Group, scored: ScoredCompletion, advantage: float, share: float,
 
 
 def _mini_batch(rows: list[Row], config: Config, rank: int, world_size: int, first_index: int) -> MiniBatch:
-    """Sort by source and length, split evenly into micro-batches, deal them to the ranks in turn.
+    """Share the rows out into micro-batches and these to the ranks in turn.
 
-    Sorting by length cuts padding; by source, so that at most one forward pass per rank mixes sources that need
-    different scoring passes. Every rank gets the same number of micro-batches, since each is a collective under
-    DeepSpeed.
+    Every rank gets the same number of micro-batches, since each is a collective under DeepSpeed.
     """
     num_tokens = sum(len(row.tokens) for row in rows)
     weights = token_weights(rows, config.loss, config.rollout.max_response_tokens)
-    # Stable: equal rows keep the prompts' order.
-    ordered = sorted(zip(rows, weights), key=lambda pair: (pair[0].source, -pair[0].length))
-    rounds = -(-len(rows) // (config.learner.micro_batch_rows * world_size))
-    bounds = [len(rows) * i // (rounds * world_size) for i in range(rounds * world_size + 1)]
-    parts = [ordered[start:stop] for start, stop in pairwise(bounds)]
-    micro_batches = []
-    for i in range(rounds):
-        peers = parts[i * world_size : (i + 1) * world_size]
+    max_tokens = config.learner.micro_batch_tokens
+    weighted = list(zip(rows, weights))
+    share_out = _by_tokens if max_tokens else _by_rows
+    parts = share_out(weighted, max_tokens or config.learner.micro_batch_rows, world_size)
+    micro_batches: list[MicroBatch] = []
+    for start in range(0, len(parts), world_size):
+        peers = parts[start : start + world_size]
         sources = frozenset(SOURCES[row.source] for row, _ in chain.from_iterable(peers))
-        mine = peers[rank] or [(_placeholder(rows[0]), 0.0)]
-        micro_batches.append(_micro_batch(mine, sources, first_index + i))
+        mine = peers[rank] or [(placeholder(rows[0]), 0.0)]
+        index = first_index + len(micro_batches)
+        micro_batches.append(make_micro_batch(mine, sources, index, packed=max_tokens > 0))
     return MiniBatch(tuple(micro_batches), num_rows=len(rows), num_tokens=num_tokens)
 
 
-def _placeholder(row: Row) -> Row:
-    """A row of weight 0 and no source, for a rank that has no row while the others have one."""
-    return row._replace(tokens=row.tokens[:1], logprobs=row.logprobs[:1], source=NO_SOURCE, advantage=0.0)
+def _by_rows(rows: list[WeightedRow], max_rows: int, ranks: int) -> list[list[WeightedRow]]:
+    """Sorted by source and length and split evenly.
+
+    Sorting by length cuts padding; by source, so that at most one forward pass per rank mixes sources that need
+    different scoring passes.
+    """
+    # Stable: equal rows keep the prompts' order.
+    ordered = sorted(rows, key=lambda pair: (pair[0].source, -pair[0].length))
+    num_parts = -(-len(rows) // (max_rows * ranks)) * ranks
+    bounds = [len(rows) * i // num_parts for i in range(num_parts + 1)]
+    return [ordered[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _micro_batch(weighted_rows: Sequence[tuple[Row, float]], sources: frozenset[Source], index: int) -> MicroBatch:
-    """Tensors of one forward pass; a token is predicted by the hidden state of the token before it."""
-    rows = [row for row, _ in weighted_rows]
-    width = max(row.length for row in rows)
-    ids_RL = np.zeros((len(rows), width), dtype=np.int64)
-    states = []
-    for i, row in enumerate(rows):
-        ids_RL[i, : row.length] = np.concatenate([row.prompt_ids, row.tokens])
-        first = i * width + len(row.prompt_ids) - 1
-        states.append(np.arange(first, first + len(row.tokens)))
-    lengths_R = np.array([len(row.tokens) for row in rows])
-
-    def per_token(values: Sequence[float] | range, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.repeat(np.asarray(values), lengths_R)).to(dtype)
-
-    return MicroBatch(
-        index=index,
-        sources=sources,
-        ids_RL=torch.from_numpy(ids_RL),
-        state_T=torch.from_numpy(np.concatenate(states)),
-        target_T=torch.from_numpy(np.concatenate([row.tokens for row in rows]).astype(np.int64)),
-        row_T=per_token(range(len(rows)), torch.int64),
-        start_R1=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32)),
-        source_T=per_token([row.source for row in rows], torch.int64),
-        advantage_T=per_token([row.advantage for row in rows], torch.float32),
-        sampler_T=torch.from_numpy(np.concatenate([row.logprobs for row in rows]).astype(np.float32)),
-        explorer_share_T=per_token([row.explorer_share for row in rows], torch.float32),
-        token_weight_T=per_token([weight for _, weight in weighted_rows], torch.float32),
-    )
+def _by_tokens(rows: list[WeightedRow], max_tokens: int, ranks: int) -> list[list[WeightedRow]]:
+    """Each source by itself, packed to `max_tokens` tokens and balanced by cost."""
+    parts = []
+    for source in range(len(SOURCES)):
+        members = [pair for pair in rows if pair[0].source == source]
+        if members:
+            bins = pack_rows([row.length for row, _ in members], max_tokens=max_tokens, ranks=ranks)
+            parts += [[members[i] for i in positions] for positions in bins]
+    return parts

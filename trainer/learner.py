@@ -1,12 +1,7 @@
-"""π_θ: scores a step's rows, updates on its mini-batches, saves and publishes its weights. Plain data-parallel torch.
+"""π_θ: scores a step's rows, updates on its mini-batches, saves and publishes its weights, on any backend."""
 
-Every rank holds the whole model and optimizer and trains its own rows; summed gradients keep the ranks equal.
-"""
-
-import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Self
@@ -14,15 +9,19 @@ from typing import Self
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.config import Config
 from core.schema import Source
-from trainer.batch import MicroBatch, MiniBatch, StepBatch
+from rollout.store import rollout_file
+from trainer.attention import use_packed_attention
+from trainer.backend import make_backend
+from trainer.batch import MiniBatch, StepBatch
 from trainer.correction import check_ratio_kinds, correction_of, needs_explorer_scores, needs_old
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
+from trainer.micro_batch import MicroBatch
 from trainer.models import (
     DTYPES,
     enable_gradient_checkpointing,
@@ -31,11 +30,11 @@ from trainer.models import (
     save_model,
     weight_checksum,
 )
-from trainer.objective import Scores, backward, fix_scores, score
-from trainer.optimizer import Optimizer
+from trainer.objective import Scores, fix_scores, policy_objective, score
+from trainer.tensor_files import TensorFiles, gather, write_file, write_files
 from trainer.world import World
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 class NonFiniteUpdatesError(RuntimeError):
@@ -60,8 +59,9 @@ class Learner:
     ) -> None:
         self.config, self.world = config, world
         self.model, self.tokenizer = model, tokenizer
-        self.reference, self.explorer = reference, explorer
-        self.optimizer = Optimizer(dict(model.named_parameters()), config.learner)
+        self.backend = make_backend(model, config.learner, world)
+        self.reference = self.backend.frozen(reference) if reference is not None else None
+        self.explorer = self.backend.frozen(explorer) if explorer is not None else None
         self.step = 0  # completed training steps
         self.skipped_updates = 0
         self._skipped_in_a_row = 0
@@ -88,22 +88,28 @@ class Learner:
         """
         check_ratio_kinds(config)
         torch.manual_seed(config.run.seed)
-        dtype, device = DTYPES[config.learner.dtype], world.device
-        model = load_model(checkpoint or model_dir, dtype=dtype, device=device, key="learner.model")
+
+        def load_one(directory: Path, key: str) -> PreTrainedModel:
+            model = load_model(directory, dtype=DTYPES[config.learner.dtype], device=world.device, key=key)
+            if config.learner.micro_batch_tokens:
+                use_packed_attention(model)
+            return model
+
+        model = load_one(checkpoint or model_dir, "learner.model")
         if config.learner.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         reference = explorer = None
         if config.loss.kl_coef > 0:
-            reference = load_model(model_dir, dtype=dtype, device=device, key="learner.model").requires_grad_(False)
+            reference = load_one(model_dir, "learner.model").requires_grad_(False)
         if needs_explorer_scores(config.correction):
             assert explorer_dir is not None, "mixture weights on learner rows need the explorer"
-            explorer = load_model(explorer_dir, dtype=dtype, device=device, key="explorer.model").requires_grad_(False)
+            explorer = load_one(explorer_dir, "explorer.model").requires_grad_(False)
         tokenizer = load_tokenizer(model_dir, key="learner.model")
+        world.agree("the configuration", msgspec.json.encode(config).decode())
+        world.agree("the learner's weights", weight_checksum(model))
         learner = cls(config, model, tokenizer, world, reference=reference, explorer=explorer)
         if checkpoint is not None:
             learner.load_state(checkpoint / "trainer")
-        world.agree("the configuration", msgspec.json.encode(config).decode())
-        world.agree("the learner's weights", weight_checksum(model))
         return learner
 
     def begin_step(self, batch: StepBatch) -> None:
@@ -126,10 +132,11 @@ class Learner:
         start = time.perf_counter()
         first_visit = mini_batch.micro_batches[0].index not in self._visited
         self._visited.update(micro_batch.index for micro_batch in mini_batch.micro_batches)
-        loss, norm, sums, maxima = self._accumulate(mini_batch)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": self.optimizer.learning_rate}
+        loss, sums, maxima = self._accumulate(mini_batch)
+        learning_rate = self.backend.learning_rate
+        norm = self.backend.step(apply=math.isfinite(loss))
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
         if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step(norm)
             self._skipped_in_a_row = 0
             metrics |= overall_metrics(sums)
             self._tally.add(sums, maxima, first_visit=first_visit)
@@ -149,33 +156,38 @@ class Learner:
         metrics["learning_rate"] = self._updates[-1]["learning_rate"] if self._updates else 0.0
         return metrics
 
-    def write_weights(self, file: Path) -> str:
-        """Write the weights as one safetensors file with Hugging Face names, atomically; its SHA-256 in hex."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
-        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.replace(temporary, file)
-        return digest
+    def write_weights(self, file: Path | None) -> str:
+        """Write the weights as one safetensors file with Hugging Face names, atomically; its SHA-256 in hex.
 
-    def save_model(self, directory: Path) -> None:
+        All that saves is a collective: every rank calls it, and None takes part, writes nothing and gives "".
+        """
+        tensors = gather(self.backend.weights(), keep=file is not None)
+        return write_file(tensors, file) if file is not None else ""
+
+    def save_model(self, directory: Path | None) -> None:
         """Write a directory that transformers and vLLM load: weights, configs, tokenizer."""
-        save_model(self.model, self.tokenizer, directory)
+        tensors = gather(self.backend.weights(), keep=directory is not None)
+        if directory is not None:
+            save_model(self.model, self.tokenizer, directory, tensors)
 
-    def save_state(self, directory: Path) -> None:
-        """Write what a resumed run needs besides the model: optimizer moments, fp32 masters, counters, torch's RNG."""
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({**self.optimizer.tensors(), "rng": torch.get_rng_state()}, directory / "optimizer.safetensors")
-        state = {
-            "format": STATE_FORMAT,
-            "step": self.step,
-            "updates": self.optimizer.updates,
-            "skipped_updates": self.skipped_updates,
-            "skipped_in_a_row": self._skipped_in_a_row,
-        }
-        (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    def save_state(self, directory: Path | None) -> None:
+        """Write what a resumed run needs besides the model: optimizer moments, fp32 masters, counters, torch's RNG.
+
+        Whole tensors by parameter name: 12 bytes a parameter with bf16 weights, 8 with fp32 ones.
+        """
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        write_files(self.backend.state(), directory, "optimizer")
+        if directory is not None:
+            state = {
+                "format": STATE_FORMAT,
+                "step": self.step,
+                "updates": self.backend.updates,
+                "skipped_updates": self.skipped_updates,
+                "skipped_in_a_row": self._skipped_in_a_row,
+            }
+            (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+            write_file({"rng": torch.get_rng_state()}, directory / "rng.safetensors")
 
     def load_state(self, directory: Path) -> None:
         """Take over what `save_state` wrote, bit for bit; the model's weights are those of the checkpoint's model."""
@@ -184,9 +196,9 @@ class Learner:
             raise ValueError(
                 f"{directory}: learner state of format {state['format']}, this version reads {STATE_FORMAT}"
             )
-        tensors = load_file(directory / "optimizer.safetensors")
-        torch.set_rng_state(tensors.pop("rng"))
-        self.optimizer.restore(tensors, state["updates"])
+        torch.set_rng_state(load_file(directory / "rng.safetensors")["rng"])
+        with TensorFiles(directory, "optimizer") as tensors:
+            self.backend.restore(tensors, state["updates"])
         self.step, self.skipped_updates = state["step"], state["skipped_updates"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
 
@@ -196,33 +208,30 @@ class Learner:
         old_T = explorer_T = ref_T = None
         temperature = config.rollout.temperature
         if any(needs_old(correction_of(config.correction, source)) for source in batch.sources):
-            old_T = score(self.model, batch, temperature=temperature, impl=impl)
+            old_T = score(self.backend.forward, batch, temperature=temperature, impl=impl)
         if self.reference is not None and (config.loss.kl_rows == "all" or Source.LEARNER in batch.sources):
             ref_T = score(self.reference, batch, temperature=temperature, impl=impl)
         if self.explorer is not None and Source.LEARNER in batch.sources:
             explorer_T = score(self.explorer, batch, temperature=config.explorer.temperature, impl=impl)
         return fix_scores(batch, config, old_T=old_T, explorer_T=explorer_T, ref_T=ref_T)
 
-    def _accumulate(self, mini_batch: MiniBatch) -> tuple[float, float, np.ndarray, np.ndarray]:
-        """Loss, gradient norm and measured sums of the update, over all ranks; one copy to the host."""
-        optimizer = self.optimizer
-        optimizer.zero_gradient()
+    def _accumulate(self, mini_batch: MiniBatch) -> tuple[float, np.ndarray, np.ndarray]:
+        """Loss and measured sums of the update over all ranks, in one copy to the host; the gradient stays behind."""
         loss = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         sums = torch.zeros(2, len(SUMS), dtype=torch.float64, device=self.world.device)
         maxima = torch.zeros(2, len(MAXIMA), dtype=torch.float64, device=self.world.device)
         for micro_batch in mini_batch.micro_batches:
             batch, scores = self._scored[micro_batch.index]
-            outcome = backward(self.model, batch, scores, self.config)
-            optimizer.collect()
+            outcome = policy_objective(self.backend.forward, batch, scores, self.config)
+            self.backend.backward(outcome.loss, last=micro_batch is mini_batch.micro_batches[-1])
             measured, highest = measure(batch, scores, outcome, self.config.correction)
-            loss += outcome.loss
+            loss += outcome.loss.detach()
             sums += measured
             maxima = torch.maximum(maxima, highest)
-        self.world.sum_(optimizer.gradient)
         added = torch.cat([loss, sums.flatten()])
         self.world.sum_(added)
         self.world.max_(maxima)
-        return _to_host(added, torch.linalg.vector_norm(optimizer.gradient), maxima)
+        return _to_host(added, maxima)
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped_updates += 1
@@ -230,17 +239,13 @@ class Learner:
         if self._skipped_in_a_row >= self.config.learner.max_nonfinite_updates:
             raise NonFiniteUpdatesError(
                 f"{self._skipped_in_a_row} updates in a row were skipped at step {self.step + 1}: loss {loss}, "
-                f"gradient norm {norm}; lower learner.learning_rate, or look at the rollouts of this step "
-                "(learner.max_nonfinite_updates sets how many are borne)"
+                f"gradient norm {norm}; lower learner.learning_rate, or look at the completions of this step in "
+                f"{rollout_file(Path(self.config.run.dir), self.step + 1)} (learner.max_nonfinite_updates sets how many "
+                "are borne)"
             )
 
 
-def _to_host(added: Tensor, norm: Tensor, maxima: Tensor) -> tuple[float, float, np.ndarray, np.ndarray]:
-    values = torch.cat([added, norm.double()[None], maxima.flatten()]).cpu().numpy()
+def _to_host(added: Tensor, maxima: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    values = torch.cat([added, maxima.flatten()]).cpu().numpy()
     size = len(added)
-    return (
-        float(values[0]),
-        float(values[size]),
-        values[1:size].reshape(2, len(SUMS)),
-        values[size + 1 :].reshape(2, len(MAXIMA)),
-    )
+    return float(values[0]), values[1:size].reshape(2, len(SUMS)), values[size:].reshape(2, len(MAXIMA))

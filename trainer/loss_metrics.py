@@ -16,8 +16,8 @@ from torch import Tensor
 
 from core.config import Correction
 from core.schema import Source
-from trainer.batch import SOURCES, MicroBatch
 from trainer.correction import log_ratio
+from trainer.micro_batch import SOURCES, MicroBatch
 from trainer.objective import Outcome, Scores, scored_by_learner
 
 SUMS = (

@@ -60,9 +60,17 @@ def vocab_size(directory: Path, *, key: str = "learner.model") -> int:
     return int(AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write config.json, generation_config.json, safetensors weights and tokenizer files that transformers loads."""
-    model.save_pretrained(directory)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write config.json, generation_config.json, safetensors weights and tokenizer files that transformers loads.
+
+    `weights` are the model's, where it does not hold them itself because they are spread over ranks.
+    """
+    model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 

@@ -1,23 +1,27 @@
-"""From a micro-batch and the model to log-probs, and to gradients of the loss (eq. 2 with per-source correction).
+"""From a micro-batch and the model to log-probs, and to the loss (eq. 2 with per-source correction).
 
 Shape suffixes: R rows, L longest row, T packed completion tokens, H hidden, V vocabulary. Logits [T, V] never exist:
 every log-prob and the loss go through the fused head of `kernels.ops`, in scoring and in training alike, on
 micro-batches of the same shape, so that an on-policy ratio is exactly 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from core.config import Config, Correction
 from core.schema import Source
 from kernels.arguments import Implementation
-from kernels.ops import linear_logprob, linear_policy_loss
-from trainer.batch import SOURCES, MicroBatch
 from trainer.correction import Evidence, correction_of, correction_weight, needs_old
-from trainer.models import head_weight, hidden_states
+from trainer.micro_batch import SOURCES, MicroBatch
+
+
+class Forward(Protocol):
+    """A `kernels.head.LogprobModel`, or an engine around one that shards it."""
+
+    def __call__(self, inputs: dict[str, Any], rows: Tensor, targets: Tensor, /, *args: Tensor, **options: Any) -> Any:
+        """(logprob, entropy), or the outputs of `linear_policy_loss` where anchor and advantage are given."""
 
 
 class Scores(NamedTuple):
@@ -31,7 +35,7 @@ class Scores(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One backward pass, detached."""
+    """One forward pass with the loss; all but the loss is detached."""
 
     loss: Tensor  # scalar, this micro-batch's share of the update's loss
     logprob_T: Tensor
@@ -40,10 +44,10 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, batch: MicroBatch, *, temperature: float, impl: Implementation) -> Tensor:
-    """log-prob of every completion token under `model` at `temperature`, fp32 [T]."""
-    hidden_TH = hidden_states(model, batch.ids_RL)[batch.state_T]
-    return linear_logprob(hidden_TH, head_weight(model), batch.target_T, temperature=temperature, impl=impl)[0]
+def score(forward: Forward, batch: MicroBatch, *, temperature: float, impl: Implementation) -> Tensor:
+    """log-prob of every completion token under the model at `temperature`, fp32 [T]."""
+    logprob_T, _ = forward(batch.inputs, batch.state_T, batch.target_T, temperature=temperature, impl=impl)
+    return logprob_T
 
 
 def fix_scores(
@@ -72,17 +76,17 @@ def fix_scores(
     return Scores(anchor_T, is_weight_T, ref_T, kl_weight_T, old_T)
 
 
-def backward(model: PreTrainedModel, batch: MicroBatch, scores: Scores, config: Config) -> Outcome:
-    """Add the gradients of this micro-batch's share of the update's loss to the parameters.
+def policy_objective(forward: Forward, batch: MicroBatch, scores: Scores, config: Config) -> Outcome:
+    """This micro-batch's share of the update's loss, ready for its backward pass.
 
         Σ_t token_weight_t · (is_weight_t · clip_loss_t + β · kl_weight_t · k3_t − c · entropy_t)
 
     The shares of all micro-batches and ranks add up to the update's loss.
     """
     loss_settings = config.loss
-    loss, logprob_T, entropy_T, metrics = linear_policy_loss(
-        hidden_states(model, batch.ids_RL)[batch.state_T],
-        head_weight(model),
+    loss, logprob_T, entropy_T, metrics = forward(
+        batch.inputs,
+        batch.state_T,
         batch.target_T,
         scores.anchor_T,
         batch.advantage_T,
@@ -100,8 +104,7 @@ def backward(model: PreTrainedModel, batch: MicroBatch, scores: Scores, config: 
         cu_seqlens=batch.start_R1 if loss_settings.ratio == "sequence" else None,
         kl_weight=scores.kl_weight_T,
     )
-    loss.backward()
-    return Outcome(loss.detach(), logprob_T.detach(), entropy_T.detach(), metrics)
+    return Outcome(loss, logprob_T.detach(), entropy_T.detach(), metrics)
 
 
 def scored_by_learner(correction: Correction, batch: MicroBatch) -> Tensor:

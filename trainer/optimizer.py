@@ -4,7 +4,7 @@ The flat buffer is what the ranks sum, what is clipped and what is checked for f
 parameters are added to it after every micro-batch, so that many small micro-batches lose no precision.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -85,15 +85,8 @@ class Optimizer:
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Take over what `tensors()` gave after `updates` updates, bit for bit."""
         self.updates = updates
-        expected = {f"master.{name}" for name, m in self.masters.items() if m is not self.parameters[name]}
-        if updates:
-            expected |= {f"{kind}.{name}" for name in self.masters for kind in MOMENTS}
-        if expected != tensors.keys():
-            different = sorted(expected ^ tensors.keys())
-            raise ValueError(
-                f"the optimizer state does not fit the model or learner.dtype: {len(different)} entries differ, "
-                f"such as {different[0]}; resume with the model and dtype it was saved with"
-            )
+        masters = {name for name, master in self.masters.items() if master is not self.parameters[name]}
+        require_state(tensors.keys(), names=self.masters, masters=masters, updates=updates)
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 master.data.copy_(tensors[f"master.{name}"])
@@ -102,3 +95,16 @@ class Optimizer:
                 moments = {kind: tensors[f"{kind}.{name}"].to(master.device, copy=True) for kind in MOMENTS}
                 step = torch.tensor(float(updates), device=master.device)
                 self._adamw.state[master] = {"step": step, **moments}
+
+
+def require_state(found: Iterable[str], *, names: Iterable[str], masters: Iterable[str], updates: int) -> None:
+    """Raise ValueError unless `found` are the entries of these parameters' state after `updates` updates."""
+    expected = {f"master.{name}" for name in masters}
+    if updates:
+        expected |= {f"{kind}.{name}" for name in names for kind in MOMENTS}
+    different = sorted(expected ^ set(found))
+    if different:
+        raise ValueError(
+            f"the optimizer state does not fit the model or learner.dtype: {len(different)} entries differ, "
+            f"such as {different[0]}; resume with the model and dtype it was saved with"
+        )

@@ -163,3 +163,5 @@ class GroupStream:
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""
         return [] if self.rollouts is None else self.rollouts.mixer.evaluate(step, prompts)
+            else:
+                learner.write_weights(None)

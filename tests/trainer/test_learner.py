@@ -20,6 +20,7 @@ RANK_PROGRAM = """
 import sys
 from pathlib import Path
 import msgspec, torch
+from safetensors.torch import save_file
 torch.set_num_threads(1)
 from core.config import Config
 from core.schema import Group
@@ -38,7 +39,7 @@ for groups in steps:
     for mini_batch in batch.updates(config.algorithm.epochs):
         learner.update(mini_batch)
     metrics = learner.end_step()
-learner.write_weights(work / f"rank_{world.rank}.safetensors")
+save_file(dict(learner.backend.weights()), work / f"rank_{world.rank}.safetensors")
 print(msgspec.json.encode(metrics).decode())
 world.leave()
 """
@@ -145,10 +146,10 @@ def test_mixture_scores_the_explorer_on_learner_rows(tiny_config, made_up_groups
         omega = micro.sampler_T.clone()
         for row, (start, stop) in enumerate(zip(micro.start_R1, micro.start_R1[1:])):
             if micro.source_T[start] == 1:
-                width = micro.ids_RL.shape[1]
+                width = micro.ids_BL.shape[1]
                 first = int(micro.state_T[start]) - row * width
-                ids = micro.ids_RL[row : row + 1, : first + 1 + stop - start]
-                log_p = learner.explorer(input_ids=ids).logits[0].log_softmax(-1)[first:-1]
+                ids = micro.ids_BL[row : row + 1, : first + 1 + stop - start]
+                log_p = learner.explorer.model(input_ids=ids).logits[0].log_softmax(-1)[first:-1]
                 omega[start:stop] = log_p.gather(1, ids[0, first + 1 :, None])[:, 0]
         expected = old.exp() / (0.25 * omega.exp() + 0.75 * old.exp())
         torch.testing.assert_close(scores.is_weight_T, expected, rtol=1e-4, atol=1e-5)
@@ -184,12 +185,12 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_config, made_up
     half.save_model(tmp_path)
     half.save_state(tmp_path / "trainer")
     resumed = load(config, learner_dir, checkpoint=tmp_path)
-    assert (resumed.step, resumed.optimizer.updates) == (1, 2)
+    assert (resumed.step, resumed.backend.optimizer.updates) == (1, 2)
     assert same_bits(resumed, half)
     assert not same_bits(resumed, whole)
     train(resumed, made_up_groups(seed=2))
     assert same_bits(resumed, whole)
-    ours, theirs = resumed.optimizer.tensors(), whole.optimizer.tensors()
+    ours, theirs = resumed.backend.optimizer.tensors(), whole.backend.optimizer.tensors()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -220,7 +221,7 @@ def test_the_reference_stays_the_starting_model_after_a_resume(tiny_config, made
     learner.save_state(tmp_path / "trainer")
     resumed = load(tiny_config(), learner_dir, checkpoint=tmp_path)
     start = load(tiny_config(), learner_dir).model
-    assert all(torch.equal(a, b) for a, b in zip(resumed.reference.parameters(), start.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.reference.model.parameters(), start.parameters()))
 
 
 def test_a_saved_directory_loads_in_transformers_with_the_same_logits(
@@ -277,13 +278,16 @@ def test_gradient_checkpointing_gives_the_same_update(tiny_config, made_up_group
 def test_bfloat16_accumulates_updates_that_its_own_precision_would_lose(tiny_config, made_up_groups, learner_dir):
     config = tiny_config({"learner.dtype": "bfloat16", "learner.learning_rate": 1e-5, "learner.warmup_updates": 0})
     learner = load(config, learner_dir)
-    before = {name: master.detach().clone() for name, master in learner.optimizer.masters.items()}
+    before = {name: master.detach().clone() for name, master in learner.backend.optimizer.masters.items()}
     train(learner, made_up_groups())
-    moved = [float((master.detach() - before[name]).abs().mean()) for name, master in learner.optimizer.masters.items()]
+    moved = [
+        float((master.detach() - before[name]).abs().mean())
+        for name, master in learner.backend.optimizer.masters.items()
+    ]
     assert min(moved) > 0
     assert all(p.dtype == torch.bfloat16 for p in learner.model.parameters())
     for name, parameter in learner.model.named_parameters():
-        assert torch.equal(parameter, learner.optimizer.masters[name].bfloat16())
+        assert torch.equal(parameter, learner.backend.optimizer.masters[name].bfloat16())
 
 
 def test_training_prefers_rewarded_tokens(tiny_config, made_up_groups, learner_dir):

@@ -6,8 +6,8 @@ import torch
 
 from core.config import Correction, SourceCorrection
 from core.schema import Source
-from trainer.batch import MicroBatch
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure
+from trainer.micro_batch import MicroBatch
 from trainer.objective import Outcome, Scores
 
 OLD = (-1.0, -2.0, -0.5, -1.5, -3.0)
@@ -22,7 +22,10 @@ def micro_batch():
     return MicroBatch(
         index=0,
         sources=frozenset(Source),
-        ids_RL=torch.zeros(1, 6, dtype=torch.int64),
+        ids_BL=torch.zeros(1, 6, dtype=torch.int64),
+        position_BL=None,
+        bounds_R1=None,
+        longest=6,
         state_T=torch.arange(5),
         target_T=torch.zeros(5, dtype=torch.int64),
         row_T=torch.zeros(5, dtype=torch.int64),

@@ -9,7 +9,7 @@ import torch
 from core.schema import Source, pack_logprobs
 from trainer.batch import pack_step
 from trainer.learner import Learner
-from trainer.objective import backward, fix_scores
+from trainer.objective import fix_scores, policy_objective
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_a_second_update_equals_plain_autograd(tiny_config, made_up_groups, lear
         expected.backward()
         gradient = torch.cat([p.grad.flatten() for p in plain.model.parameters()])
         assert found["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
-        assert (learner.optimizer.gradient - gradient).norm() <= 1e-5 * gradient.norm()
+        assert (learner.backend.optimizer.gradient - gradient).norm() <= 1e-5 * gradient.norm()
         assert found["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
         optimizer.step()
         # The same gradient from here on: AdamW turns tiny gradients into full-sized steps.
@@ -123,18 +123,20 @@ def test_padding_never_changes_loss_or_gradient(tiny_config, made_up_groups, lea
     learner.begin_step(batch)
     results = []
     for pad in (0, 17):
-        learner.optimizer.zero_gradient()
+        learner.backend.optimizer.zero_gradient()
         losses = []
         for micro in batch.mini_batches[0].micro_batches:
             lengths = torch.tensor(
-                [int(micro.state_T[end - 1]) % micro.ids_RL.shape[1] + 2 for end in micro.start_R1[1:]]
+                [int(micro.state_T[end - 1]) % micro.ids_BL.shape[1] + 2 for end in micro.start_R1[1:]]
             )
-            is_pad = torch.arange(micro.ids_RL.shape[1])[None] >= lengths[:, None]
+            is_pad = torch.arange(micro.ids_BL.shape[1])[None] >= lengths[:, None]
             ours, scores = learner._scored[micro.index]
-            ours = ours.__class__(**{**vars(ours), "ids_RL": ours.ids_RL.masked_fill(is_pad, pad)})
-            losses.append(backward(learner.model, ours, scores, config).loss)
+            ours = ours.__class__(**{**vars(ours), "ids_BL": ours.ids_BL.masked_fill(is_pad, pad)})
+            loss = policy_objective(learner.backend.forward, ours, scores, config).loss
+            learner.backend.backward(loss, last=False)
+            losses.append(loss.detach())
             assert is_pad.any() or len(lengths) == 1 or lengths.unique().numel() == 1
-        results.append((torch.stack(losses), learner.optimizer.gradient.clone()))
+        results.append((torch.stack(losses), learner.backend.optimizer.gradient.clone()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][1].norm() > 0
@@ -153,8 +155,9 @@ def test_micro_batch_size_and_ranks_do_not_change_the_gradient(
             batch = pack_step(groups, config, rank=rank, world_size=world_size)
             learner.begin_step(batch)
             for micro in batch.mini_batches[0].micro_batches:
-                backward(learner.model, *learner._scored[micro.index], config)
-        gradients.append(learner.optimizer.gradient.clone())
+                loss = policy_objective(learner.backend.forward, *learner._scored[micro.index], config).loss
+                learner.backend.backward(loss, last=False)
+        gradients.append(learner.backend.optimizer.gradient.clone())
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 

@@ -1,0 +1,131 @@
+"""What applies an update: plain data-parallel torch here, DeepSpeed in `deepspeed_backend`.
+
+All methods are collectives: every rank calls them in the same order.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from core.config import Learner as LearnerSettings
+from kernels.head import LogprobModel
+from trainer.objective import Forward
+from trainer.optimizer import Optimizer
+from trainer.world import World
+
+
+class Backend(Protocol):
+    """The trained model with its optimizer, however it is spread over the ranks.
+
+    Example: for loss in losses: backend.backward(loss, last=...); norm = backend.step(apply=True)
+    """
+
+    forward: Forward
+
+    @property
+    def updates(self) -> int:
+        """Applied, not skipped."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+
+    def frozen(self, model: PreTrainedModel) -> Forward:
+        """A model that is only scored with, spread as the trained one is."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss` to those of the update, whose gradient is the sum over micro-batches and ranks.
+
+        `last` is the update's last micro-batch of this rank.
+        """
+
+    def step(self, *, apply: bool) -> float:
+        """Clip and apply the update and forget its gradient. Returns the gradient's global norm before clipping.
+
+        Where `apply` is False, or some rank's gradient is not finite, nothing changes on any rank; the norm of a
+        gradient that is not finite is not finite either.
+        """
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, whole, by its Hugging Face name; a tied one once."""
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a resumed run needs besides the weights: `exp_avg.NAME`, `exp_avg_sq.NAME` and, below fp32,
+        `master.NAME`; whole tensors, so that any backend on any number of ranks takes them over."""
+
+    def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Take over what `state` gave after `updates` updates, bit for bit. ValueError where it does not fit."""
+
+
+class TorchBackend:
+    """Every rank holds the whole model and optimizer; summed gradients keep the ranks equal."""
+
+    def __init__(self, model: PreTrainedModel, settings: LearnerSettings, world: World) -> None:
+        self.world = world
+        self.optimizer = Optimizer(dict(model.named_parameters()), settings)
+        self.forward: Forward = LogprobModel(model)
+        self._spent = False  # the flat gradient is the last update's
+
+    @property
+    def updates(self) -> int:
+        """Applied, not skipped."""
+        return self.optimizer.updates
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self.optimizer.learning_rate
+
+    def frozen(self, model: PreTrainedModel) -> Forward:
+        """The model, whole on every rank."""
+        return LogprobModel(model)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add to the flat gradient; sum it over the ranks after the last."""
+        if self._spent:
+            self.optimizer.zero_gradient()
+            self._spent = False
+        torch.autograd.backward(loss)
+        self.optimizer.collect()
+        if last:
+            self.world.sum_(self.optimizer.gradient)
+
+    def step(self, *, apply: bool) -> float:
+        """Clip and apply, if the norm is finite."""
+        norm = torch.linalg.vector_norm(self.optimizer.gradient)
+        value = float(norm)
+        if apply and bool(norm.isfinite()):
+            self.optimizer.step(value)
+        self._spent = True
+        return value
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters themselves."""
+        for name, parameter in self.optimizer.parameters.items():
+            yield name, parameter.detach()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Moments and masters."""
+        yield from self.optimizer.tensors().items()
+
+    def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Take over moments and masters."""
+        self.optimizer.restore(state, updates)
+
+
+def make_backend(model: PreTrainedModel, settings: LearnerSettings, world: World) -> Backend:
+    """What `learner.backend` names; ValueError where DeepSpeed is asked for and not installed."""
+    if settings.backend == "torch":
+        return TorchBackend(model, settings, world)
+    if not importlib.util.find_spec("deepspeed"):
+        raise ValueError(
+            'learner.backend = "deepspeed" and DeepSpeed is not installed: pip install "deepspeed>=0.19.8,<0.20", or '
+            "use learner.backend=torch"
+        )
+    from trainer.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(model, settings, world)
