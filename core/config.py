@@ -98,7 +98,9 @@ class Explorer(Section, frozen=True, kw_only=True):
 
 
 class Rollout(Section, frozen=True, kw_only=True):
-    engine: Annotated[Literal["auto", "torch"], Meta(description="Generation engine of explorers and learner rollouts.")] = "auto"
+    engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch.")] = "auto"
+    tensor_parallel: Annotated[int, Meta(description="GPUs that one vLLM engine spreads over.", ge=1)] = 1
+    memory_share: Annotated[float, Meta(description="Part of each GPU's memory that one vLLM engine may fill.", gt=0, le=1)] = 0.9
     processes: Annotated[int, Meta(description="Learner rollout processes.", ge=1)] = 1
     temperature: Annotated[float, Meta(description="Sampling temperature of the learner's rollouts; its log-probs are scored and trained at it too.", gt=0)] = 1.0
     top_p: Annotated[float, Meta(description="Nucleus of the learner's sampling.", gt=0, le=1)] = 1.0

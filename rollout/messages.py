@@ -53,6 +53,9 @@ class Welcome(Message, frozen=True, kw_only=True):
     engine: str
     device: str
     dtype: str
+    tensor_parallel: int
+    memory_share: float
+    max_model_tokens: int  # longest prompt and completion together
     heartbeat_s: float
     liveness_s: float
     silence_s: float  # without an answer for so long, a worker that the trainer started exits

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from core.config import Config
+from core.configcheck import explorer_tokens
 from core.schema import Completion, Source
 from rollout.children import Children, Exit
 from rollout.endpoints import ENDPOINT_FILE, private_ipc
@@ -30,7 +31,6 @@ from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
 _ANSWER_S = 5.0  # how long a question to the pool's thread may take
 _LEAVE_S, _GRACE_S = 1.0, 1.2  # for Leave; then for each of exit, SIGTERM and SIGKILL: together below five seconds
-
 
 T = TypeVar("T")
 
@@ -231,12 +231,15 @@ class WorkerPool:
 
 def _welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
     """The run's terms but for the model."""
-    stream = config.stream
+    stream, rollout = config.stream, config.rollout
     return Welcome(
         run_id=run_id,
         incarnation=incarnation,
         model="",
-        engine=config.rollout.engine,
+        engine=rollout.engine,
+        tensor_parallel=rollout.tensor_parallel,
+        memory_share=rollout.memory_share,
+        max_model_tokens=rollout.max_prompt_tokens + explorer_tokens(config),
         device=config.run.device,
         dtype=config.learner.dtype,
         heartbeat_s=stream.heartbeat_s,

@@ -7,7 +7,7 @@ the engine or the connection failed; 2: refused, or called wrongly; 130, 143: in
 import argparse
 import ctypes
 import faulthandler
-import importlib
+import importlib.util
 import os
 import secrets
 import signal
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,20 +36,27 @@ _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_S = 1.0
 
 
-def load_engine(name: str, model_dir: Path, *, device: str, dtype: str) -> Engine:
-    """An engine by name: `torch` (also `auto`), or `module:function`, called with (model_dir, device=, dtype=)."""
+def load_engine(name: str, model_dir: Path, *, device: str, dtype: str, **sizes: Any) -> Engine:
+    """An engine by name: `torch`, `vllm`, `auto`, or `module:function`, called with (model_dir, device=, dtype=).
+
+    `auto` is vLLM on a GPU where it is installed, and torch otherwise. `sizes` are VllmEngine's, such as memory_share.
+    """
     if ":" in name:
         module, _, function = name.partition(":")
         engine: Engine = getattr(importlib.import_module(module), function)(model_dir, device=device, dtype=dtype)
         return engine
-    if name not in ("auto", "torch"):
-        raise ValueError(f"engine {name!r} is not one of auto, torch")
+    if name not in ("auto", "torch", "vllm"):
+        raise ValueError(f"engine {name!r} is not one of auto, torch, vllm")
     import torch
-
-    from rollout.torch_engine import TorchEngine
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm")):
+        from rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(model_dir, device=device, dtype=dtype, **sizes)
+    from rollout.torch_engine import TorchEngine
+
     return TorchEngine(model_dir, device=device, dtype=dtype)
 
 
@@ -133,7 +141,15 @@ class Worker:
             if not model_dir.is_dir():
                 raise ValueError(f"model directory {model_dir} does not exist here: name a copy of it with --model DIR")
             device, name = self._options.device or welcome.device, self._options.engine or welcome.engine
-            self._engine = load_engine(name, model_dir, device=device, dtype=welcome.dtype)
+            self._engine = load_engine(
+                name,
+                model_dir,
+                device=device,
+                dtype=welcome.dtype,
+                tensor_parallel_size=welcome.tensor_parallel,
+                memory_share=welcome.memory_share,
+                max_model_len=welcome.max_model_tokens,
+            )
             self._version = 0
         self._served = welcome
         return self._engine
