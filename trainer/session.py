@@ -60,12 +60,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, Stopped) and error.between_steps:
-                self.saver.save(self.learner.step)
-            elif isinstance(error, NonFiniteUpdatesError):
-                self._keep_evidence()
-            elif isinstance(error, Starved | WorkersLost):
-                show_stacks()
             if kind is None:
                 self.learner.save_model(self.path / "model" if self.world.is_main else None)
                 if self.recorder is not None:
@@ -125,6 +119,7 @@ class Session:
         )
         rollouts = self._start_rollouts(directory, console, checkpoint) if self.world.is_main else None
         self.stream = GroupStream(self.world, rollouts)
+        self.stream.publish(self.learner)
 
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts:
         """Rank 0: open the files it writes and start the workers."""
@@ -132,11 +127,6 @@ class Session:
         for line in materials.report:
             console.say(line)
         if self.command.resume:
-        self.saver = Saver(
-            self.path / "checkpoints", self.learner, rollouts, self.recorder, keep=config.checkpoint.keep
-        )
-        self._closing.enter_context(SIGNALS.between_steps_only())
-        self.stream.publish(self.learner)
             console.say(
                 f"continuing after step {step}" if checkpoint else "no checkpoint yet: starting again at step 1"
             )
@@ -165,10 +155,21 @@ class Session:
                 rows = self.stream.evaluate(step, prompts)
                 recorder.evaluation(step, rows, summarise(rows, self.config.evaluation))
 
-    def _keep_evidence(self) -> None:
-        """The completions of the step that the run ends in; those of a step that trained are written as it ends."""
-        if self.recorder is not None:
-            write_rollouts(self.path, self.learner.step + 1, self._packed)
+    def _save(self, step: int) -> None:
+        """A checkpoint of everything a resumed run needs, with a Hugging Face directory inside."""
+        rollouts = self.stream.rollouts
+        if rollouts is None or self.recorder is None:  # the other ranks take part in gathering what rank 0 writes
+            self.learner.save_model(None)
+            self.learner.save_state(None)
+            return
+        parts = {
+            "model": self.learner.save_model,
+            "optimizer": lambda directory: self.learner.save_state(directory / "trainer"),
+            "rollouts": lambda directory: rollouts.save(directory / "trainer"),
+        }
+        with self.recorder.stage("checkpoint", step):
+            write_checkpoint(self.path / "checkpoints", step, parts, keep=self.config.checkpoint.keep)
+        self.recorder.ledger(rollouts.report())
 
 
 def dry_run(config: Config) -> list[str]:

@@ -151,6 +151,8 @@ class GroupStream:
         with self.stages("publish"):
             if self.rollouts is not None:
                 self.rollouts.publish(learner)
+            else:
+                learner.write_weights(None)
 
     def metrics(self) -> dict[str, float]:
         """Waiting times and gauges of the last step."""
@@ -163,5 +165,3 @@ class GroupStream:
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Scored completions of held-out prompts (rank 0; elsewhere nothing)."""
         return [] if self.rollouts is None else self.rollouts.mixer.evaluate(step, prompts)
-            else:
-                learner.write_weights(None)
