@@ -7,6 +7,7 @@ Started, then one Outcome per item in the order of the items.
 """
 
 import ctypes
+import faulthandler
 import math
 import os
 import resource
@@ -69,6 +70,7 @@ def main(function: str, fd: str, memory_bytes: str, parent_pid: str, folder: str
     _die_with(int(parent_pid))
     _limit(resource.RLIMIT_AS, int(memory_bytes))
     _limit(resource.RLIMIT_CORE, 0)
+    faulthandler.register(signal.SIGUSR1)  # the trainer asks for stacks
     # Behind everything else: a user's module is found where the run was started, and shadows nothing.
     sys.path.append(folder)
     connection = socket.socket(fileno=int(fd))

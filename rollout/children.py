@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.schema import Source
+from rollout.peers import State
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODULES = {Source.EXPLORER: "rollout.explorer", Source.LEARNER: "rollout.worker"}
@@ -46,6 +47,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     restarts: int = 0
     ready: bool = False
+    asked: bool = False  # for its stacks
     restart_at_s: float | None = None
 
 
@@ -64,10 +66,14 @@ class Children:
         assert name not in self._children, name
         self._children[name] = _Child(name, role, self._launch(name, role, endpoint))
 
-    def mark_ready(self, pid: int) -> None:
-        """A worker's Hello was accepted."""
+    def note(self, pid: int, state: State) -> None:
+        """How a worker of this process id stands. One that hangs is asked once for its stacks, which go to its log."""
         for child in self._children.values():
-            child.ready |= child.process.pid == pid
+            if child.process.pid == pid and state == State.READY:
+                child.ready, child.asked = True, False
+            elif child.process.pid == pid and state == State.HUNG and not child.asked and child.process.poll() is None:
+                child.asked = True
+                os.kill(pid, signal.SIGUSR1)
 
     def may_return(self, role: Source) -> bool:
         """Whether a child of this role runs or will be started again."""

@@ -24,7 +24,7 @@ from rollout.frame import session_of
 from rollout.keys import trainer_keys
 from rollout.leases import LeaseBook
 from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights, Welcome
-from rollout.peers import ABLE_TO_WORK, State
+from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
 from rollout.status import counters, hopeless, waiting_line
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
@@ -202,8 +202,7 @@ class WorkerPool:
         if len(received) < MAX_FRAMES_PER_POLL:  # all that was said is heard, so that silence is silence
             self._roster.tick(now)
         for known in self._roster.peers.values():
-            if known.state == State.READY:
-                self._children.mark_ready(known.join.pid)
+            self._children.note(known.join.pid, known.state)
         self._grant(now)
 
     def _grant(self, now: float) -> None:
