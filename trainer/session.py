@@ -175,7 +175,10 @@ class Session:
 def dry_run(config: Config) -> list[str]:
     """Read models and data of a configuration and say what was found; nothing is made, started or written."""
     check_paths(config)
-    if config.learner.model.startswith(EMBEDDED):
-        return list(load_questions(config.data, "train", config.run.seed).report)
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    return load_materials(config, world, Console(config)).report
+    try:
+        if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
+            return list(load_questions(config.data, "train", config.run.seed).report)
+        world = World(rank=0, size=1, device=torch.device("cpu"))
+        return load_materials(config, world, Console(config)).report
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

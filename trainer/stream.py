@@ -55,9 +55,13 @@ class Rollouts:
             identity = store_identity(config, demand, terms[Source.EXPLORER].fingerprints)
             store = CompletionStore(Path(config.explorer.store), identity)
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
-        self.mixer = Mixer(
-            config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
-        )
+        try:
+            self.mixer = Mixer(
+                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
+            )
+        except BaseException:  # such as a reward function that cannot be used
+            self.pool.close("the trainer did not start")
+            raise
         steps = [step for step in range(1, config.algorithm.steps + 1) if demand.quota(step).explorer]
         if steps and (self.reuse is None or not self.reuse.complete(steps)):
             self._start_explorers()
