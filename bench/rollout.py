@@ -107,7 +107,7 @@ def products(rows: int) -> Callable[[], None]:
     """The matrix products of NEW_TOKENS decode steps: projections and head, without attention."""
     attention = HEADS * HEAD_DIM
     shapes = [(HIDDEN, 3 * attention), (attention, HIDDEN), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)]
-        step = [
+    step = [
         (torch.randn(rows, inner, device=DEVICE), torch.randn(outer, inner, device=DEVICE).t())
         for inner, outer in [*LAYERS * shapes, (HIDDEN, VOCAB)]
     ]
