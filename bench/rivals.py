@@ -221,6 +221,7 @@ def single_file(package: str, module: str, stubs: dict[str, dict[str, Any]]) -> 
     assert spec is not None
     assert spec.submodule_search_locations is not None
     shell = ModuleType(package)
+    shell.__spec__ = spec  # so that it can be found again
     shell.__path__ = list(spec.submodule_search_locations)
     sys.modules[package] = shell
     for name, contents in stubs.items():

@@ -14,7 +14,7 @@ from kernels.row_loss import row_loss, weighted
 from kernels.rows import RowResult, RowStatistics, RowWeights
 
 CHUNK_BYTES = 128 << 20
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 TILE_BYTES = 1 << 20
 FLOOR = -1.0e4
 """Stands for −inf once the row's maximum is subtracted: exp gives 0 too, and 0·FLOOR is 0 where 0·−inf is NaN."""
