@@ -24,3 +24,8 @@ def fragile(prompts, completions, answer, **columns):
 
 def verl_style(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": 0.5 if "+" in solution_str else -0.5, "acc": 0}
+
+
+def rare(prompts, completions, **columns):
+    """1 for a fifth of all completions, else 0."""
+    return [float(zlib.crc32((prompts[0] + completions[0]).encode()) % 5 == 0)]
