@@ -1,4 +1,4 @@
-"""Leases, model directories and sinks for tests of the stream."""
+"""Leases, model directories, sinks and scripted workers: the stream's parts without models, for tests and faults."""
 
 import json
 import threading
@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from core.schema import Completion, CompletionKey, Sampling, Source, pack_logprobs, pack_tokens
 from core.seeds import completion_seed
@@ -24,7 +24,7 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(1,))
 
 def make_lease(
     number: int = 0, *, step: int = 1, slots: int = 4, samples: int = 4, source: Source = Source.EXPLORER,
-    purpose: str = "train", version: int = 0, first_slot: int | None = None,
+    purpose: Literal["train", "eval"] = "train", version: int = 0, first_slot: int | None = None,
 ) -> Lease:  # fmt: skip
     """Lease `number` of a step: its own slots, all samples of each."""
     first = number * slots if first_slot is None else first_slot
@@ -83,10 +83,10 @@ def eventually(true: Callable[[], object], what: str = "") -> None:
 
 
 def make_completion(
-    lease: Lease, slot: int, sample: int, *, worker: str = "w", tokens: int = 3, **changes: object
+    lease: Lease, slot: int, sample: int, *, worker: str = "w", tokens: int = 3, **changes: Any
 ) -> Completion:
     """A valid answer to one sample of a lease, but for `changes`."""
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "key": CompletionKey(source=lease.source, step=lease.step, slot=slot, sample=sample),
         "prompt_uid": f"p{slot}",
         "token_bytes": pack_tokens([7] * tokens),
@@ -97,7 +97,7 @@ def make_completion(
         "started_s": 1.0,
         "finished_s": 2.0,
     }
-    return Completion(**(fields | changes))
+    return Completion(**{**fields, **changes})
 
 
 class ScriptedWorker:
@@ -141,8 +141,8 @@ class ScriptedWorker:
             leases=leases, version=0,
         )  # fmt: skip
 
-    def deliver(self, seq: int, lease: Lease, slot: int, sample: int, **changes: object) -> Deliver:
-        completion = make_completion(lease, slot, sample, **({"worker": self.name} | changes))
+    def deliver(self, seq: int, lease: Lease, slot: int, sample: int, **changes: Any) -> Deliver:
+        completion = make_completion(lease, slot, sample, **{"worker": self.name, **changes})
         return Deliver(seq=seq, lease_id=lease.lease_id, purpose=lease.purpose, completion=completion)
 
     def close(self) -> None:

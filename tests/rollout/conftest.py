@@ -1,16 +1,11 @@
 """A pool with real worker processes around an engine without torch."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-# Tests have no packages: stream_parts and quick_engine are imported by this directory's path, here and in workers.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from stream_parts import ENGINE, Sink, make_model
-
+from bench.fault_parts import ENGINE, Sink, make_model
 from core.config import Config, Explorer, Run, Stream
 from core.schema import Source
 from rollout.fingerprint import fingerprints
@@ -38,9 +33,8 @@ PoolMaker = Callable[..., WorkerPool]
 
 
 @pytest.fixture
-def make_pool(config: Config, model: Path, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolMaker]:
+def make_pool(config: Config, model: Path, sink: Sink) -> Iterator[PoolMaker]:
     """Makes pools, which are closed at the end."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     pools: list[WorkerPool] = []
 
     def make(pool_config: Config = config, **settings: object) -> WorkerPool:

@@ -1,13 +1,12 @@
 """A trainer in a process of its own, to be killed: `lone_trainer.py CONFIG MODEL EXPLORERS` prints what it gets."""
 
-import os
 import sys
 import time
 from pathlib import Path
 
 import msgspec
-from stream_parts import ENGINE, eventually, make_lease
 
+from bench.fault_parts import ENGINE, eventually, make_lease
 from core.config import Config
 from core.schema import Source
 from rollout.fingerprint import fingerprints
@@ -15,7 +14,6 @@ from rollout.pool import WorkerPool
 from rollout.roster import RoleTerms
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     config, model, explorers = msgspec.json.decode(sys.argv[1], type=Config), Path(sys.argv[2]), int(sys.argv[3])
     pool = WorkerPool(
         config, run_id="r", incarnation=1,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import quick_engine
-from chaos_proxy import ChaosProxy
-from stream_parts import SAMPLING, ScriptedWorker, Sink, eventually, make_lease, make_model
 
+from bench import fault_engine
+from bench.fault_parts import SAMPLING, ScriptedWorker, Sink, eventually, make_lease, make_model
+from bench.fault_proxy import ChaosProxy
 from core.config import Config
 from core.schema import Source, pack_logprobs, pack_tokens
 from core.seeds import completion_seed
@@ -57,7 +57,7 @@ def all_exact(sink: Sink, wanted: list[Lease]) -> bool:
     assert len(got) == len(keys)
     assert set(got) == keys
     for completion in sink.completions:
-        tokens, logprobs = quick_engine.expected(
+        tokens, logprobs = fault_engine.expected(
             completion_seed(0, wanted[0].purpose, completion.key), SAMPLING.max_tokens
         )
         assert (completion.token_bytes, completion.logprob_bytes) == (pack_tokens(tokens), pack_logprobs(logprobs))

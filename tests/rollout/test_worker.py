@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import quick_engine
-from stream_parts import HANG_GUARD_S, SAMPLING, Sink, eventually, make_completion, make_lease, make_model
 
+from bench import fault_engine
+from bench.fault_parts import HANG_GUARD_S, SAMPLING, Sink, eventually, make_completion, make_lease, make_model
 from core.config import Config
 from core.schema import Source
 from rollout.children import REPOSITORY
@@ -30,7 +30,9 @@ PoolMaker = Callable[..., WorkerPool]
 class ByHand:
     """A worker started in another terminal."""
 
-    def __init__(self, *arguments: str, module: str = "rollout.explorer", engine: str = "quick_engine:make") -> None:
+    def __init__(
+        self, *arguments: str, module: str = "rollout.explorer", engine: str = "bench.fault_engine:make"
+    ) -> None:
         command = [sys.executable, "-m", module, "--engine", engine, *arguments]
         self.process = subprocess.Popen(
             command,
@@ -50,8 +52,7 @@ class ByHand:
 
 
 @pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ByHand]]:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def by_hand() -> Iterator[Callable[..., ByHand]]:
     workers: list[ByHand] = []
 
     def start(*arguments: str, **settings: str) -> ByHand:
@@ -227,8 +228,8 @@ def test_sigusr1_prints_all_stacks(make_pool: PoolMaker, config: Config) -> None
 
 
 def test_engines_go_by_name(model: Path) -> None:
-    engine = load_engine("quick_engine:make", model, device="cpu", dtype="float32")
-    assert isinstance(engine, quick_engine.QuickEngine)
+    engine = load_engine("bench.fault_engine:make", model, device="cpu", dtype="float32")
+    assert isinstance(engine, fault_engine.QuickEngine)
     with pytest.raises(ValueError, match="'warp' is not one of"):
         load_engine("warp", model, device="cpu", dtype="float32")
 
@@ -351,7 +352,7 @@ def test_directories_that_are_no_models_are_named(tmp_path: Path) -> None:
 
 
 def test_what_a_worker_answers_is_a_function_of_the_seed() -> None:
-    tokens, logprobs = quick_engine.expected(12, SAMPLING.max_tokens)
-    again, _ = quick_engine.expected(12, SAMPLING.max_tokens)
+    tokens, logprobs = fault_engine.expected(12, SAMPLING.max_tokens)
+    again, _ = fault_engine.expected(12, SAMPLING.max_tokens)
     assert (tokens == again).all()
     assert len(tokens) == len(logprobs) == 13
