@@ -15,14 +15,16 @@ from core.configkeys import ConfigError, Key, all_keys, section_of
 
 __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_resolved"]
 
+RESOLVED_FILE = "config.resolved.json"
 USAGE = (
     "torchrun [--nproc-per-node N] trainer/main.py [configs/NAME.toml] [section.key=value ...] "
-    "[--dry-run] [--resume] [--clean] [--help]"
+    "[--dry-run] [--resume] [--clean] [--replay RUN] [--help]"
 )
 FLAGS = {
     "--dry-run": "check everything, print what would run, start nothing",
     "--resume": "continue the run in run.dir from its newest verified checkpoint",
     "--clean": "delete the run in run.dir first",
+    "--replay": "RUN: train again on what that run consumed, into RUN-replay",
     "--help": "print this and every key",
 }
 
@@ -39,6 +41,7 @@ class Command(NamedTuple):
     clean: bool
     help: bool
     path: Path | None
+    replay: Path | None = None
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
@@ -47,6 +50,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     No file is the embedded default. Overrides win over the file, later ones over earlier ones.
     Raises ConfigError for unknown arguments, files, keys and values, and for combinations that cannot run.
     """
+    arguments, replay = _take_replay(arguments)
     flags = {argument for argument in arguments if argument.startswith("-")}
     if "--help" in flags or "-h" in flags:
         return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None)
@@ -60,13 +64,44 @@ def parse_command(arguments: Sequence[str]) -> Command:
     if len(files) > 1:
         raise ConfigError(f"one configuration file at most, got {', '.join(files)}\nusage: {USAGE}")
     path = Path(files[0]) if files else None
-    config = load_config(path, overrides)
+    if replay is not None and (files or "--resume" in flags):
+        raise ConfigError("--replay takes the configuration from RUN, from its first step: no file, and no --resume")
+    base = Config() if replay is None else _replay_config(replay)
+    config = load_config(path, overrides, base)
     check_config(config)
-    return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path)
+    return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path, replay)
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the file's keys, then `section.key=value` overrides; values are checked one by one."""
+def _take_replay(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--replay RUN`, and RUN."""
+    words = list(arguments)
+    if "--replay" not in words:
+        return words, None
+    place = words.index("--replay")
+    if place + 1 == len(words) or words[place + 1].startswith("-"):
+        raise ConfigError("--replay RUN: name the run directory")
+    run = Path(words[place + 1])
+    return words[:place] + words[place + 2 :], run
+
+
+def _replay_config(run: Path) -> Config:
+    """What a run was run with; a directory of its own, and no evaluation, since nothing is generated."""
+    file = run / RESOLVED_FILE
+    if not file.is_file():
+        raise ConfigError(f"--replay: {run} holds no run (no {file.name})")
+    try:
+        config = msgspec.json.decode(file.read_bytes(), type=Config)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--replay: {file} is not of this version: {error}") from error
+    return msgspec.structs.replace(
+        config,
+        run=msgspec.structs.replace(config.run, dir=f"{str(run).rstrip('/')}-replay"),
+        data=msgspec.structs.replace(config.data, eval=""),
+    )
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
+    """`base` (the defaults), then the file's keys, then `section.key=value` overrides; each value is checked."""
     keys = all_keys()
     given: dict[str, Any] = {}
     if path is not None:
@@ -76,7 +111,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         name, text = override.split("=", 1)
         _require_key(name, keys, f'argument "{override}"')
         given[name] = _checked(keys[name], _value_of(keys[name], text), "command line")
-    tree = msgspec.to_builtins(Config())
+    tree = msgspec.to_builtins(base or Config())
     for name, value in given.items():
         *sections, leaf = name.split(".")
         table = tree

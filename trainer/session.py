@@ -23,6 +23,7 @@ from trainer.evaluate import summarise
 from trainer.learner import Learner
 from trainer.materials import load_materials, role_terms
 from trainer.record import Recorder
+from trainer.replay import compare, open_stream, recorded_part
 from trainer.run_directory import RunDirectory
 from trainer.stream import GroupStream, Rollouts
 from trainer.world import World
@@ -62,6 +63,8 @@ class Session:
         try:
             if kind is None:
                 self.learner.save_model(self.path / "model" if self.world.is_main else None)
+                if self.recorder is not None and self.command.replay is not None:
+                    self.recorder.console.say(compare(self.command.replay, self.path / "model"))
                 if self.recorder is not None:
                     self.recorder.conclude()
         finally:
@@ -99,6 +102,7 @@ class Session:
         self._closing.callback(self.world.leave)
         check_config(config, self.world.size)
         check_paths(config)
+        config = self.config = recorded_part(config, self.command.replay)
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
@@ -118,11 +122,11 @@ class Session:
             checkpoint=checkpoint,
         )
         rollouts = self._start_rollouts(directory, console, checkpoint) if self.world.is_main else None
-        self.stream = GroupStream(self.world, rollouts)
+        self.stream = open_stream(self.command.replay, self.world, rollouts, self.materials.demand)
         self.stream.publish(self.learner)
 
-    def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts:
-        """Rank 0: open the files it writes and start the workers."""
+    def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
+        """Rank 0: open the files it writes and start the workers; a replay has none."""
         step, materials = self.learner.step, self.materials
         for line in materials.report:
             console.say(line)
@@ -132,6 +136,8 @@ class Session:
             )
         self.recorder = Recorder(self.path, console, step if self.command.resume else None)
         self._closing.callback(self.recorder.close)
+        if self.command.replay is not None:
+            return None
         console.phase("starting the rollout workers")
         rollouts = Rollouts(
             self.config,

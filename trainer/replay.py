@@ -1,0 +1,112 @@
+"""Train again from what a run consumed: `--replay RUN` reads RUN/rollouts/*.parquet in place of asking workers.
+
+The files hold, in the order of the updates, all of a completion that training reads: tokens, log-probs of the sampler,
+source and advantage. Prompts and weights follow from the configuration. So on the same machine, with as many ranks, a
+replay reaches the parameters of the run bit for bit, whatever its `lookahead` and whoever came first.
+"""
+
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from core.config import Config
+from core.configkeys import ConfigError
+from core.schema import (
+    Completion,
+    CompletionKey,
+    Group,
+    Prompt,
+    ScoredCompletion,
+    Source,
+    pack_logprobs,
+    pack_tokens,
+)
+from rollout.demand import Demand
+from rollout.fingerprint import weights_fingerprint
+from rollout.store import read_rollouts, stored_steps
+from trainer.stream import GroupStream, Rollouts
+from trainer.world import World
+
+
+class ReplayStream(GroupStream):
+    """Hands out the groups that a run trained on; every rank reads them itself, and nothing is generated."""
+
+    def __init__(self, world: World, run: Path, demand: Demand) -> None:
+        super().__init__(world, None)
+        self.run, self.demand = run, demand
+
+    def collect(self, step: int) -> tuple[Group, ...]:
+        """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
+        with self.stages("wait"):
+            by_source = self.demand.config.algorithm.mixing == "authors_code"
+            return read_groups(self.run, step, self.demand.prompts_at(step), by_source=by_source)
+
+
+def open_stream(run: Path | None, world: World, rollouts: Rollouts | None, demand: Demand) -> GroupStream:
+    """The stream of a run with workers, or that of a replay."""
+    return GroupStream(world, rollouts) if run is None else ReplayStream(world, run, demand)
+
+
+def recorded_part(config: Config, run: Path | None) -> Config:
+    """The configuration, with no more steps than `run` recorded. ConfigError where steps are missing before those."""
+    if run is None:
+        return config
+    steps = stored_steps(run)
+    if steps != list(range(1, len(steps) + 1)) or not steps:
+        raise ConfigError(f"--replay: {run / 'rollouts'} does not hold steps 1, 2, … without a gap, but {steps}")
+    algorithm = msgspec.structs.replace(config.algorithm, steps=min(config.algorithm.steps, len(steps)))
+    return msgspec.structs.replace(config, algorithm=algorithm)
+
+
+def read_groups(run: Path, step: int, prompts: tuple[Prompt, ...], *, by_source: bool) -> tuple[Group, ...]:
+    """The groups of one step of a run, in the order in which they trained.
+
+    `by_source`: explorer and learner rows of a prompt are two groups (mixing authors_code).
+    """
+    rows = read_rollouts(run, step).to_pylist()
+    groups = []
+    for _, members in groupby(rows, key=lambda row: (row["slot"], row["source"] if by_source else "")):
+        group = list(members)
+        prompt = prompts[group[0]["slot"]]
+        if prompt.uid != group[0]["prompt_uid"]:
+            raise ValueError(
+                f"--replay: slot {group[0]['slot']} of step {step} is prompt {group[0]['prompt_uid']} in {run}, and "
+                f"{prompt.uid} here: keep run.seed, data.* and algorithm.prompts_per_step, and the data, as they were"
+            )
+        groups.append(
+            Group(
+                prompt=prompt,
+                step=step,
+                slot=group[0]["slot"],
+                rows=tuple(_scored(row) for row in group),
+                advantages=tuple(row["advantage"] for row in group),
+            )
+        )
+    return tuple(groups)
+
+
+def compare(run: Path, model_dir: Path) -> str:
+    """Whether a replay reached the parameters of the run, in words."""
+    if not (run / "model").is_dir():
+        return f"replay: {run} did not end, so there is no final model to compare with"
+    equal = weights_fingerprint(run / "model") == weights_fingerprint(model_dir)
+    return f"replay: the parameters {'are those' if equal else 'DIFFER from those'} of {run / 'model'}"
+
+
+def _scored(row: dict[str, Any]) -> ScoredCompletion:
+    now = time.monotonic()
+    completion = Completion(
+        key=CompletionKey(source=Source(row["source"]), step=row["step"], slot=row["slot"], sample=row["sample"]),
+        prompt_uid=row["prompt_uid"],
+        token_bytes=pack_tokens(row["token_ids"]),
+        logprob_bytes=pack_logprobs(row["logprobs"]),
+        finish=row["finish"],
+        version=row["version"],
+        worker=row["worker"],
+        started_s=now,
+        finished_s=now,
+    )
+    return ScoredCompletion(completion=completion, reward=row["reward"], text=row["text"])
