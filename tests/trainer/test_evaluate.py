@@ -23,12 +23,12 @@ from core.schema import (
     pack_tokens,
 )
 from rollout.engine import Request, Sampled
+from rollout.prompting import load_prompts
 from rollout.torch_engine import TorchEngine
 from trainer.benchmarks import BENCHMARKS, answer_prompts, find_benchmark
 from trainer.evaluate import Estimate, main, pass_at, summarise
 from trainer.models import load_tokenizer
 from trainer.pretrain import Recipe, Shape, make_family
-from rollout.prompting import load_prompts
 
 
 def scored(
