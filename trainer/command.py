@@ -9,12 +9,14 @@ from pathlib import Path
 
 from core.configfile import ConfigError, parse_command
 from core.confighelp import explain, help_text
+from trainer.signals import SIGNALS, Stopped
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, BAD_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated."""
+    SIGNALS.install()
     try:
         command = parse_command(arguments)
         if command.help:
@@ -30,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
             train(command)
     except ConfigError as error:
         return complain(str(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        return complain("interrupted; continue with --resume", INTERRUPTED)
+    except Stopped as stopped:
+        return complain(f"stopped by {stopped.name}; continue with --resume", stopped.exit_code)
     return OK
 
 

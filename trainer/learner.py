@@ -239,9 +239,8 @@ class Learner:
         if self._skipped_in_a_row >= self.config.learner.max_nonfinite_updates:
             raise NonFiniteUpdatesError(
                 f"{self._skipped_in_a_row} updates in a row were skipped at step {self.step + 1}: loss {loss}, "
-                f"gradient norm {norm}; lower learner.learning_rate, or look at the completions of this step in "
-                f"{rollout_file(Path(self.config.run.dir), self.step + 1)} (learner.max_nonfinite_updates sets how many "
-                "are borne)"
+                f"gradient norm {norm}; lower learner.learning_rate, or look at this step's completions in "
+                f"{rollout_file(Path(self.config.run.dir), self.step + 1)} (the limit: learner.max_nonfinite_updates)"
             )
 
 

@@ -1,7 +1,7 @@
 """One run, set up and torn down: directory, models, data, learner, workers; and what is due after each step."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,15 +16,20 @@ from core.configkeys import ConfigError
 from core.datasets import load_questions
 from core.metrics import read_metrics
 from core.schema import Group
+from rollout.mixer import Starved
+from rollout.pool import WorkersLost
+from rollout.store import write_rollouts
 from trainer.batch import StepBatch, pack_step
-from trainer.checkpoint import newest_checkpoint, write_checkpoint
+from trainer.checkpoint import newest_checkpoint
 from trainer.console import Console
 from trainer.evaluate import summarise
-from trainer.learner import Learner
+from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
 from trainer.record import Recorder
 from trainer.replay import compare, open_stream, recorded_part
 from trainer.run_directory import RunDirectory
+from trainer.saving import Saver
+from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
 from trainer.world import World
 
@@ -44,6 +49,7 @@ class Session:
         self.command, self.config = command, command.config
         self.path = Path(self.config.run.dir).resolve()
         self.recorder: Recorder | None = None
+        self._packed: Sequence[Group] = ()
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -61,6 +67,12 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, Stopped) and error.between_steps:
+                self.saver.save(self.learner.step)
+            elif isinstance(error, NonFiniteUpdatesError):
+                self._keep_evidence()
+            elif isinstance(error, Starved | WorkersLost):
+                show_stacks()
             if kind is None:
                 self.learner.save_model(self.path / "model" if self.world.is_main else None)
                 if self.recorder is not None and self.command.replay is not None:
@@ -72,13 +84,14 @@ class Session:
 
     def pack(self, groups: Sequence[Group]) -> StepBatch:
         """This rank's part of the step's optimizer updates."""
+        self._packed = groups
         with self.stream.stages("pack"):
             return pack_step(groups, self.config, rank=self.world.rank, world_size=self.world.size)
 
     def evaluate_first(self) -> None:
-        """Evaluate π_θ before its first step."""
-        if self.learner.step == 0:
-            self._evaluate(0)
+        """Evaluate π_θ before its first step, or where a signal cut its last evaluation short."""
+        if self._evaluation_due(self.learner.step):
+            self._evaluate(self.learner.step)
         if self.recorder is not None:
             self.recorder.begin()
 
@@ -87,13 +100,13 @@ class Session:
         if self.recorder is not None:
             quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics()
             self.recorder.step(step, groups, quota, metrics, self.stream.stages.take(metrics["time/score"]))
-        every, last = self.config.evaluation.every, self.config.algorithm.steps
-        if step == last or (every and step % every == 0):
+        if self._evaluation_due(step):
             self._evaluate(step)
-        if step == last or step % self.config.checkpoint.every == 0:
-            self._save(step)
+        if step == self.config.algorithm.steps or step % self.config.checkpoint.every == 0:
+            self.saver.save(step)
         if self.recorder is not None:
             self.recorder.begin()
+        alive(self.config.stream.starvation_s)
 
     def _open(self) -> None:
         config = self.config
@@ -123,6 +136,10 @@ class Session:
         )
         rollouts = self._start_rollouts(directory, console, checkpoint) if self.world.is_main else None
         self.stream = open_stream(self.command.replay, self.world, rollouts, self.materials.demand)
+        self.saver = Saver(
+            self.path / "checkpoints", self.learner, rollouts, self.recorder, keep=config.checkpoint.keep
+        )
+        self._closing.enter_context(SIGNALS.between_steps_only())
         self.stream.publish(self.learner)
 
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
@@ -145,7 +162,8 @@ class Session:
             directory,
             role_terms(materials),
             decode=materials.decode,
-            on_wait=console.waiting,
+            on_wait=self._waiting,
+            on_event=console.say,
         )
         self._closing.callback(rollouts.close)
         if rollouts.reuse is not None:
@@ -154,28 +172,28 @@ class Session:
             rollouts.restore(checkpoint / "trainer", step)
         return rollouts
 
+    def _waiting(self, what: str, seconds: float) -> None:
+        assert self.recorder is not None
+        alive(self.config.stream.starvation_s)
+        self.recorder.console.waiting(what, seconds)
+        SIGNALS.check()
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step in (0, self.config.algorithm.steps) or (every > 0 and step % every == 0)
+
     def _evaluate(self, step: int) -> None:
         prompts, recorder = self.materials.eval_prompts, self.recorder
         if prompts and recorder is not None and step not in recorder.log.evaluated_steps:
-            with recorder.stage("evaluate", step):
+            # A signal cuts it short: collecting the next step ends the run, and a resumed one makes up for it.
+            with recorder.stage("evaluate", step), suppress(Stopped):
                 rows = self.stream.evaluate(step, prompts)
                 recorder.evaluation(step, rows, summarise(rows, self.config.evaluation))
 
-    def _save(self, step: int) -> None:
-        """A checkpoint of everything a resumed run needs, with a Hugging Face directory inside."""
-        rollouts = self.stream.rollouts
-        if rollouts is None or self.recorder is None:  # the other ranks take part in gathering what rank 0 writes
-            self.learner.save_model(None)
-            self.learner.save_state(None)
-            return
-        parts = {
-            "model": self.learner.save_model,
-            "optimizer": lambda directory: self.learner.save_state(directory / "trainer"),
-            "rollouts": lambda directory: rollouts.save(directory / "trainer"),
-        }
-        with self.recorder.stage("checkpoint", step):
-            write_checkpoint(self.path / "checkpoints", step, parts, keep=self.config.checkpoint.keep)
-        self.recorder.ledger(rollouts.report())
+    def _keep_evidence(self) -> None:
+        """The completions of the step that the run ends in; those of a step that trained are written as it ends."""
+        if self.recorder is not None:
+            write_rollouts(self.path, self.learner.step + 1, self._packed)
 
 
 def dry_run(config: Config) -> list[str]:

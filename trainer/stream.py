@@ -1,10 +1,12 @@
 """The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from core.config import Config
 from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
@@ -19,6 +21,7 @@ from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
+from trainer.signals import SIGNALS, Stopped
 from trainer.timeline import Stages
 from trainer.world import World
 
@@ -37,6 +40,7 @@ class Rollouts:
         *,
         decode: Callable[[Sequence[int]], str],
         on_wait: Callable[[str, float], None],
+        on_event: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
@@ -48,6 +52,7 @@ class Rollouts:
             terms=terms,
             on_completion=self._receive,
             may_grant=self._may_grant,
+            on_event=on_event,
         )
         self._explorers_started = False
         self.reuse: Reuse | None = None
@@ -142,13 +147,29 @@ class GroupStream:
             self.rollouts.mixer.request(step)
 
     def collect(self, step: int) -> tuple[Group, ...]:
-        """The groups of `step`, each with exactly its quota."""
+        """The groups of `step`, each with exactly its quota. Raises Stopped, on every rank, where a signal asked."""
         with self.stages("wait"):
-            groups = () if self.rollouts is None else self.rollouts.mixer.collect(step)
+            asked = torch.tensor([SIGNALS.asked])
+            self.world.max_(asked)
+            if asked:
+                raise Stopped(int(asked), between_steps=True)
             if self.world.size > 1:
-                payload = None if self.rollouts is None else msgspec.msgpack.encode(groups)
-                groups = msgspec.msgpack.decode(self.world.broadcast_bytes(payload), type=tuple[Group, ...])
-            return groups
+                return self._shared(step)
+            assert self.rollouts is not None
+            return self.rollouts.mixer.collect(step)
+
+    def _shared(self, step: int) -> tuple[Group, ...]:
+        """Rank 0's groups. No bytes: a signal ended its wait."""
+        payload = None
+        if self.rollouts is not None:
+            try:
+                payload = msgspec.msgpack.encode(self.rollouts.mixer.collect(step))
+            except Stopped:
+                payload = b""
+        received = self.world.broadcast_bytes(payload)
+        if not received:
+            raise Stopped(SIGNALS.asked or signal.SIGTERM, between_steps=True)
+        return msgspec.msgpack.decode(received, type=tuple[Group, ...])
 
     def publish(self, learner: Learner) -> None:
         """Give the rollout workers the learner's weights."""

@@ -1,0 +1,67 @@
+"""When a run saves itself: a full disk costs a checkpoint, not the run."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoint import Part, write_checkpoint
+from trainer.learner import Learner
+from trainer.record import Recorder
+from trainer.stream import Rollouts
+
+
+class Saver:
+    """Checkpoints of everything a resumed run needs, with a Hugging Face directory inside.
+
+    A collective. `rollouts` and `recorder` are None on all ranks but 0, which take part in gathering what 0 writes.
+    `failed`: checkpoints that the disk had no room for.
+    """
+
+    def __init__(
+        self, root: Path, learner: Learner, rollouts: Rollouts | None, recorder: Recorder | None, *, keep: int
+    ) -> None:
+        self.root, self.learner, self.rollouts, self.recorder, self.keep = root, learner, rollouts, recorder, keep
+        self.saved_step = learner.step
+        self.failed = 0
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`, unless it is written. A disk that is full is said, and no error."""
+        if step == self.saved_step:
+            return
+        if self.rollouts is None or self.recorder is None:
+            self.learner.save_model(None)
+            self.learner.save_state(None)
+            self.saved_step = step
+            return
+        with self.recorder.stage("checkpoint", step):
+            self._write(step, self.rollouts, self.recorder)
+        self.recorder.ledger(self.rollouts.report())
+
+    def _write(self, step: int, rollouts: Rollouts, recorder: Recorder) -> None:
+        begun: set[str] = set()
+
+        def noted(name: str, part: Part) -> Part:
+            def write(directory: Path) -> None:
+                begun.add(name)
+                part(directory)
+
+            return write
+
+        collectives: dict[str, Callable[[Path | None], None]] = {
+            "model": self.learner.save_model,
+            "optimizer": lambda directory: self.learner.save_state(directory and directory / "trainer"),
+        }
+        parts = collectives | {"rollouts": lambda directory: rollouts.save(directory / "trainer")}
+        try:
+            write_checkpoint(self.root, step, {name: noted(name, part) for name, part in parts.items()}, keep=self.keep)
+            self.saved_step = step
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            for name in collectives.keys() - begun:  # the other ranks wait there
+                collectives[name](None)
+            self.failed += 1
+            recorder.console.warn(
+                f"NO CHECKPOINT of step {step} ({self.failed} failed so far): {error.strerror}. "
+                "Training goes on; the next one is due as planned"
+            )
