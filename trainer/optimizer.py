@@ -41,9 +41,8 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update: u/warmup_updates of the full rate at update u = 1, 2, …, then constant."""
-        warmup = self.settings.warmup_updates
-        return self.settings.learning_rate * (min(1.0, (self.updates + 1) / warmup) if warmup else 1.0)
+        """Of the next update."""
+        return learning_rate(self.settings, self.updates)
 
     def zero_gradient(self) -> None:
         """Forget the last update's gradient."""
@@ -95,6 +94,12 @@ class Optimizer:
                 moments = {kind: tensors[f"{kind}.{name}"].to(master.device, copy=True) for kind in MOMENTS}
                 step = torch.tensor(float(updates), device=master.device)
                 self._adamw.state[master] = {"step": step, **moments}
+
+
+def learning_rate(settings: LearnerSettings, updates: int) -> float:
+    """After `updates` updates: u/warmup_updates of the full rate at update u = 1, 2, …, then constant."""
+    warmup = settings.warmup_updates
+    return settings.learning_rate * (min(1.0, (updates + 1) / warmup) if warmup else 1.0)
 
 
 def require_state(found: Iterable[str], *, names: Iterable[str], masters: Iterable[str], updates: int) -> None:

@@ -31,36 +31,28 @@ def write_file(tensors: dict[str, Tensor], file: Path) -> str:
     return digest
 
 
-def write_files(tensors: Iterable[tuple[str, Tensor]], directory: Path | None, stem: str) -> None:
-    """`stem`.safetensors, then `stem`-00002.safetensors …, each of about 4 GiB; None takes part and writes nothing.
+def write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path | None, stem: str) -> None:
+    """`stem`.safetensors, then `stem`-00002.safetensors …, each of about 4 GiB; None takes part and writes nothing."""
+    if directory is None:
+        gather(tensors, keep=False)
+        return
+    try:
+        part: dict[str, Tensor] = {}
+        files = 0
+        for name, tensor in tensors:
+            part[name] = tensor.cpu()
+            if sum(value.nbytes for value in part.values()) >= FILE_BYTES:
+                save_file(part, directory / _file_name(stem, files))
+                part, files = {}, files + 1
+        if part or not files:
+            save_file(part, directory / _file_name(stem, files))
+    except Exception:
+        gather(tensors, keep=False)  # the other ranks would wait for the rest for ever
+        raise
 
-    An error of writing is raised when all is gathered, so that no other rank waits for this one.
-    """
-    part: dict[str, Tensor] = {}
-    count = 0
-    problem: Exception | None = None
 
-    def flush() -> None:
-        nonlocal count
-        count += 1
-        assert directory is not None
-        name = stem if count == 1 else f"{stem}-{count:05d}"
-        save_file(part, directory / f"{name}.safetensors")
-        part.clear()
-
-    for name, tensor in tensors:
-        if directory is None or problem is not None:
-            continue
-        part[name] = tensor.cpu()
-        if sum(value.nbytes for value in part.values()) >= FILE_BYTES:
-            try:
-                flush()
-            except Exception as error:
-                problem = error
-    if problem is not None:
-        raise problem
-    if directory is not None and (part or not count):
-        flush()
+def _file_name(stem: str, files: int) -> str:
+    return f"{stem}-{files + 1:05d}.safetensors" if files else f"{stem}.safetensors"
 
 
 class TensorFiles(Mapping[str, Tensor]):

@@ -1,0 +1,77 @@
+"""One of the ranks of test_deepspeed_backend.py.
+
+    deepspeed_ranks.py MODEL WORK        (RANK, WORLD_SIZE, ... as torchrun sets them)
+
+WORK/jobs.json lists what to do one after the other: train the steps of WORK/groups.msgpack with the configuration of
+the job, from its beginning or from a checkpoint, save where it says so, and write the weights and what was measured.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from core.config import Config
+from core.schema import Group
+from trainer import deepspeed_backend
+from trainer.batch import pack_step
+from trainer.learner import Learner
+from trainer.world import World
+
+deepspeed_backend.PERSISTENT_ELEMENTS = 0  # tiny as they are, all parameters are sharded at stage 3
+
+
+def poison(learner):
+    """From now on the gradient of this rank is not finite, while its loss is."""
+
+    def forward_hook(module, inputs, hidden):
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * float("inf"))
+
+    return learner.model.get_decoder().norm.register_forward_hook(forward_hook)
+
+
+def train(learner, groups, world):
+    batch = pack_step(groups, learner.config, rank=world.rank, world_size=world.size)
+    learner.begin_step(batch)
+    for mini_batch in batch.updates(learner.config.algorithm.epochs):
+        learner.update(mini_batch)
+    return learner.end_step()
+
+
+def run(job, model_dir, work, world, steps):
+    out = Path(job["out"])
+    config = msgspec.convert(job["config"], Config)
+    checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
+    learner = Learner.load(config, model_dir=model_dir, explorer_dir=None, world=world, checkpoint=checkpoint)
+    metrics, whole = [], sum(p.numel() for p in learner.model.parameters())
+    for step in range(learner.step, len(steps)):
+        hook = poison(learner) if step == job["poisoned"] and world.rank == world.size - 1 else None
+        metrics.append(train(learner, steps[step], world))
+        if hook is not None:
+            hook.remove()
+        if step + 1 == job["save"]:
+            folder = out / "checkpoint"
+            learner.save_model(folder if world.is_main else None)
+            learner.save_state(folder / "trainer" if world.is_main else None)
+    learner.write_weights(out / "weights.safetensors" if world.is_main else None)
+    if world.is_main:
+        facts = {"metrics": metrics, "updates": learner.backend.updates, "step": learner.step, "whole": whole}
+        (out / "facts.json").write_text(json.dumps(facts))
+    save_file(dict(learner.backend.state()), out / f"state_{world.rank}.safetensors")
+
+
+def main(model_dir, work):
+    torch.set_num_threads(1)
+    world = World.join("cpu", timeout_s=120)
+    steps = msgspec.msgpack.decode((Path(work) / "groups.msgpack").read_bytes(), type=list[list[Group]])
+    for job in json.loads((Path(work) / f"jobs_{world.size}.json").read_text()):
+        run(job, Path(model_dir), Path(work), world, steps)
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
