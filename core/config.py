@@ -13,6 +13,8 @@ Weight = Literal[
     "none", "token_tis", "icepop", "sequence_tis", "geometric_mask", "mixture", "luffy", "topr"
 ]
 
+Gpus = tuple[int, ...] | Literal["auto"]
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of the TOML file."""
@@ -100,7 +102,7 @@ class Explorer(Section, frozen=True, kw_only=True):
 class Rollout(Section, frozen=True, kw_only=True):
     engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch.")] = "auto"
     tensor_parallel: Annotated[int, Meta(description="GPUs that one vLLM engine spreads over.", ge=1)] = 1
-    memory_share: Annotated[float, Meta(description="Part of each GPU's memory that one vLLM engine may fill.", gt=0, le=1)] = 0.9
+    memory_share: Annotated[float, Meta(description="Part of a GPU's memory that the vLLM engines on it may fill together.", gt=0, le=1)] = 0.9
     processes: Annotated[int, Meta(description="Learner rollout processes.", ge=1)] = 1
     temperature: Annotated[float, Meta(description="Sampling temperature of the learner's rollouts; its log-probs are scored and trained at it too.", gt=0)] = 1.0
     top_p: Annotated[float, Meta(description="Nucleus of the learner's sampling.", gt=0, le=1)] = 1.0
@@ -108,6 +110,12 @@ class Rollout(Section, frozen=True, kw_only=True):
     max_prompt_tokens: Annotated[int, Meta(description="Longest prompt; longer ones are filtered or refused (data.overlong).", ge=1)] = 16
     max_response_tokens: Annotated[int, Meta(description="Longest completion that trains.", ge=1)] = 24
     lease_prompts: Annotated[int, Meta(description="Prompts of one lease: the unit of work a process takes, generates as one batch and can lose.", ge=1)] = 32
+
+
+class GpuLists(Section, frozen=True, kw_only=True):
+    trainer: Annotated[Gpus, Meta(description="GPUs of the trainer's ranks on a node, by local rank; auto takes the first ones.")] = "auto"
+    learner: Annotated[Gpus, Meta(description="GPUs of the learner's rollouts, rollout.tensor_parallel for each process in turn; auto takes those after the trainer's, or shares.")] = "auto"
+    explorer: Annotated[Gpus, Meta(description="GPUs of the explorers that the trainer starts, rollout.tensor_parallel for each process in turn; auto takes those after the rollouts', or shares.")] = "auto"
 
 
 class Stream(Section, frozen=True, kw_only=True):
@@ -164,6 +172,7 @@ class Config(Section, frozen=True, kw_only=True):
     learner: Learner = Learner()
     explorer: Explorer = Explorer()
     rollout: Rollout = Rollout()
+    placement: GpuLists = GpuLists()
     stream: Stream = Stream()
     data: Data = Data()
     reward: Reward = Reward()

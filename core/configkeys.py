@@ -38,20 +38,27 @@ class Key(NamedTuple):
     @property
     def expected(self) -> str:
         """What a value must be, such as `an integer >= 1`."""
-        kind = self.kind
-        match kind:
-            case inspect.LiteralType():
-                return "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
-            case inspect.IntType() | inspect.FloatType():
-                noun = "an integer" if isinstance(kind, inspect.IntType) else "a number"
-                return noun + _bounds({">": kind.gt, ">=": kind.ge, "<": kind.lt, "<=": kind.le})
-            case inspect.BoolType():
-                return "true or false"
-            case inspect.StrType(min_length=least):
-                return "a non-empty string" if least else "a string"
-            case inspect.VarTupleType():
-                return "a list of integers, such as [1, 2, 4]"
-        raise AssertionError(f"{self.name} has a type that help and errors cannot name: {kind}")
+        if self.choices:
+            return "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
+        return _expected(self.kind, self.name)
+
+
+def _expected(kind: inspect.Type, name: str) -> str:
+    match kind:
+        case inspect.LiteralType():
+            return " or ".join(f'"{choice}"' for choice in kind.values)
+        case inspect.IntType() | inspect.FloatType():
+            noun = "an integer" if isinstance(kind, inspect.IntType) else "a number"
+            return noun + _bounds({">": kind.gt, ">=": kind.ge, "<": kind.lt, "<=": kind.le})
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.StrType(min_length=least):
+            return "a non-empty string" if least else "a string"
+        case inspect.VarTupleType():
+            return "a list of integers, such as [1, 2, 4]"
+        case inspect.UnionType():
+            return " or ".join(_expected(part, name) for part in kind.types)
+    raise AssertionError(f"{name} has a type that help and errors cannot name: {kind}")
 
 
 def _bounds(limits: dict[str, float | None]) -> str:

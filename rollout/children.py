@@ -45,6 +45,7 @@ class _Child:
     name: str
     role: Source
     process: subprocess.Popen[bytes]
+    gpus: str | None = None
     restarts: int = 0
     ready: bool = False
     asked: bool = False  # for its stacks
@@ -60,11 +61,11 @@ class Children:
         self.restarted = 0
         self._children: dict[str, _Child] = {}
 
-    def start(self, role: Source, index: int, endpoint: str) -> None:
-        """Start worker number `index` of a role."""
+    def start(self, role: Source, index: int, endpoint: str, gpus: str | None = None) -> None:
+        """Start worker number `index` of a role. `gpus`: its CUDA_VISIBLE_DEVICES; None: this process's."""
         name = f"{role}-{index}"
         assert name not in self._children, name
-        self._children[name] = _Child(name, role, self._launch(name, role, endpoint))
+        self._children[name] = _Child(name, role, self._launch(name, role, endpoint, gpus), gpus)
 
     def note(self, pid: int, state: State) -> None:
         """How a worker of this process id stands. One that hangs is asked once for its stacks, which go to its log."""
@@ -93,7 +94,7 @@ class Children:
             if child.restart_at_s is not None:
                 if now >= child.restart_at_s:
                     child.restart_at_s, child.ready = None, False
-                    child.process = self._launch(child.name, child.role, endpoint)
+                    child.process = self._launch(child.name, child.role, endpoint, child.gpus)
                     self.restarted += 1
                 continue
             code = child.process.poll()
@@ -126,7 +127,7 @@ class Children:
         while self.pids() and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def _launch(self, name: str, role: Source, endpoint: str) -> subprocess.Popen[bytes]:
+    def _launch(self, name: str, role: Source, endpoint: str, gpus: str | None) -> subprocess.Popen[bytes]:
         self.logs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", MODULES[role], "--connect", endpoint, "--name", name]
         command += ["--parent", str(os.getpid()), "--threads", str(self.threads), *self.arguments]
@@ -134,6 +135,8 @@ class Children:
             command += ["--role", role.value]
         ours = {key: value for key, value in os.environ.items() if key not in _TORCHRUN and "TORCHELASTIC" not in key}
         environment = ours | {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        if gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
         with (self.logs / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log,

@@ -97,9 +97,9 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
         self._thread.start()
 
-    def spawn(self, role: Source, index: int) -> None:
-        """Start a worker process on this machine; it is started again when it dies, a bounded number of times."""
-        self._errands.send(lambda: self._children.start(role, index, self.endpoint))
+    def spawn(self, role: Source, index: int, gpus: str | None = None) -> None:
+        """Start a worker process here, restarted a few times when it dies. `gpus`: its CUDA_VISIBLE_DEVICES."""
+        self._errands.send(lambda: self._children.start(role, index, self.endpoint, gpus))
 
     def submit(self, leases: Sequence[Lease]) -> None:
         """Queue leases. ValueError where one exceeds stream.max_frame_mb."""

@@ -22,6 +22,7 @@ from rollout.store import write_rollouts
 from trainer.batch import StepBatch, pack_step
 from trainer.checkpoint import newest_checkpoint
 from trainer.console import Console
+from trainer.devices import find_placement, take_gpus
 from trainer.evaluate import summarise
 from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
@@ -111,6 +112,7 @@ class Session:
     def _open(self) -> None:
         config = self.config
         torch.set_num_threads(config.run.threads)
+        self.devices = take_gpus(config)
         self.world = World.join(config.run.device, timeout_s=config.stream.starvation_s + 300)
         self._closing.callback(self.world.leave)
         check_config(config, self.world.size)
@@ -155,6 +157,8 @@ class Session:
         self._closing.callback(self.recorder.close)
         if self.command.replay is not None:
             return None
+        if self.devices.placement.gpus:
+            console.say(self.devices.placement.line())
         console.phase("starting the rollout workers")
         rollouts = Rollouts(
             self.config,
@@ -164,6 +168,7 @@ class Session:
             decode=materials.decode,
             on_wait=self._waiting,
             on_event=console.say,
+            devices=self.devices,
         )
         self._closing.callback(rollouts.close)
         if rollouts.reuse is not None:
@@ -200,9 +205,10 @@ def dry_run(config: Config) -> list[str]:
     """Read models and data of a configuration and say what was found; nothing is made, started or written."""
     check_paths(config)
     try:
+        placed = [find_placement(config).line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
-            return list(load_questions(config.data, "train", config.run.seed).report)
+            return [*placed, *load_questions(config.data, "train", config.run.seed).report]
         world = World(rank=0, size=1, device=torch.device("cpu"))
-        return load_materials(config, world, Console(config)).report
+        return [*placed, *load_materials(config, world, Console(config)).report]
     except ValueError as error:
         raise ConfigError(str(error)) from error

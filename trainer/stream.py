@@ -19,6 +19,7 @@ from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
+from trainer.devices import Devices
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
 from trainer.signals import SIGNALS, Stopped
@@ -26,6 +27,7 @@ from trainer.timeline import Stages
 from trainer.world import World
 
 KEPT_WEIGHTS = 2  # the newest, and the one a worker may still be reading
+NO_GPUS = Devices()
 
 
 class Rollouts:
@@ -41,12 +43,14 @@ class Rollouts:
         decode: Callable[[Sequence[int]], str],
         on_wait: Callable[[str, float], None],
         on_event: Callable[[str], None] = lambda line: None,
+        devices: Devices = NO_GPUS,
     ) -> None:
+        self.devices = devices
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
-            config,
+            _share_memory(config, devices.placement.memory_share) if devices.placement.gpus else config,
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
@@ -71,7 +75,7 @@ class Rollouts:
         if steps and (self.reuse is None or not self.reuse.complete(steps)):
             self._start_explorers()
         for index in range(config.rollout.processes):
-            self.pool.spawn(Source.LEARNER, index)
+            self.pool.spawn(Source.LEARNER, index, devices.of_worker(Source.LEARNER, index))
 
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
@@ -121,7 +125,7 @@ class Rollouts:
         if not self._explorers_started:
             self._explorers_started = True
             for index in range(self.config.explorer.processes):
-                self.pool.spawn(Source.EXPLORER, index)
+                self.pool.spawn(Source.EXPLORER, index, self.devices.of_worker(Source.EXPLORER, index))
 
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
@@ -129,6 +133,11 @@ class Rollouts:
 
     def _receive(self, purpose: str, completion: Completion) -> None:
         self.mixer.receive(purpose, completion)
+
+
+def _share_memory(config: Config, share: float) -> Config:
+    """The configuration with what one engine may fill of a GPU, which workers are told."""
+    return msgspec.structs.replace(config, rollout=msgspec.structs.replace(config.rollout, memory_share=share))
 
 
 class GroupStream:

@@ -1,0 +1,55 @@
+import os
+
+import pytest
+import torch
+
+from core.configfile import ConfigError, load_config
+from core.placement import Placement
+from core.schema import Source
+from trainer.devices import Devices, find_placement, take_gpus
+from trainer.session import dry_run
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_gpu_workers_inherit_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    devices = take_gpus(load_config())
+    assert devices.placement == Placement()
+    assert devices.of_worker(Source.LEARNER, 0) is None
+
+
+def test_workers_get_theirs_and_the_trainer_keeps_its_order(eight_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    devices = take_gpus(load_config(None, ["rollout.processes=2", "explorer.processes=2"]))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ  # ranks 0 to 3 are cuda:0 to cuda:3 already
+    assert [devices.of_worker(Source.LEARNER, index) for index in (0, 1)] == ["4", "5"]
+    assert [devices.of_worker(Source.EXPLORER, index) for index in (0, 1)] == ["6", "7"]
+
+
+def test_a_trainer_elsewhere_finds_its_gpus_first(eight_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "10,11,12,13,14,15,16,17")
+    words = ["placement.trainer=[6, 7]", "placement.learner=[0, 1]", "rollout.tensor_parallel=2", "rollout.engine=vllm"]
+    devices = take_gpus(load_config(None, words))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "16,17,10,11,12,13,14,15"
+    assert devices.of_worker(Source.LEARNER, 0) == "10,11"  # by the names the trainer was given
+
+
+def test_only_the_node_of_rank_0_has_workers(eight_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert find_placement(load_config()) == Placement(8, tuple(range(8)), (), (), 0.9)
+
+
+def test_a_placement_that_cannot_be_is_refused_by_a_dry_run_too(eight_gpus: None) -> None:
+    config = load_config(None, ["placement.learner=[9]"])
+    with pytest.raises(ConfigError, match="GPU 9 does not exist"):
+        dry_run(config)
+    assert dry_run(load_config())[0].startswith("placement on 8 GPUs: trainer rank 0: 0; learner rollouts 0: 1")
+    assert Devices().placement.line() == "placement: no GPU, so every process runs on the CPU"
