@@ -30,6 +30,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp()
 
 
+@pytest.fixture(autouse=True)
+def _signals_stay_pytest_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.command.SIGNALS.install", lambda: None)
+
+
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fail:
     """Run the command; it must exit with 2 and say one message, which is returned."""
