@@ -78,7 +78,7 @@ def scored(impl, hidden, weight, targets, pull, **options):
     }  # fmt: skip
 
 
-def assert_no_worse(ours, theirs, truth, slack=4e-6):
+def check_no_worse(ours, theirs, truth, slack=4e-6):
     """|ours − truth| ≤ |theirs − truth| + slack · (largest |truth|, at least 1e-3), element by element.
 
     A scalar is a sum that cancels; its terms are of order 1.
@@ -112,5 +112,5 @@ def run_scored():
 
 
 @pytest.fixture
-def no_worse():
-    return assert_no_worse
+def assert_no_worse():
+    return check_no_worse

@@ -21,19 +21,19 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (1, 2), (5, 33), (17, 1187), (0, 33)])
 @pytest.mark.parametrize("resident", [True, False])
-def test_linear_logprob(impl, tokens, vocabulary, resident, head_case, run_scored, no_worse):
+def test_linear_logprob(impl, tokens, vocabulary, resident, head_case, run_scored, assert_no_worse):
     head = head_case(tokens, vocabulary, dtype=torch.float32)
     pull = torch.randn(2, tokens)
     ours = run_scored(impl, *head, pull, resident=resident, chunk_rows=16)
     theirs = run_scored("reference", *head, pull)
     truth = run_scored("reference", head[0].double(), head[1].double(), head[2], pull)
-    no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
-def test_linear_policy_loss(impl, ratio, entropy_coef, head_case, loss_rows, run_fused, no_worse):
+def test_linear_policy_loss(impl, ratio, entropy_coef, head_case, loss_rows, run_fused, assert_no_worse):
     head = head_case(37, 601, dtype=torch.float32)
     temperature = 0.5 + torch.rand(37)
     rows = loss_rows(*head, temperature)
@@ -45,23 +45,23 @@ def test_linear_policy_loss(impl, ratio, entropy_coef, head_case, loss_rows, run
     for flag in ("clipped_low", "clipped_high", "dual_clipped"):
         assert torch.equal(ours.pop(flag), truth.pop(flag))
         theirs.pop(flag)
-    no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_sequence_longer_than_a_chunk_takes_a_second_pass(impl, head_case, loss_rows, run_fused, no_worse):
+def test_a_sequence_longer_than_a_chunk_takes_a_second_pass(impl, head_case, loss_rows, run_fused, assert_no_worse):
     head = head_case(40, 65, dtype=torch.float32)
     rows = loss_rows(*head)
     options = {"ratio": "sequence", "cu_seqlens": torch.tensor([0, 33, 40])}
     ours = run_fused(impl, *head, rows, chunk_rows=16, **options)
     theirs = run_fused("reference", *head, rows, **options)
     truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, **options)
-    no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("ratio", ["token", "sequence", "cispo"])
-def test_policy_loss_on_given_logprobs(impl, ratio, no_worse):
+def test_policy_loss_on_given_logprobs(impl, ratio, assert_no_worse):
     tokens = 67
     values = SimpleNamespace(logprob=-4 * torch.rand(tokens), mask=torch.rand(tokens) < 0.8)
     anchor = torch.where(values.mask, values.logprob + torch.randn(tokens), torch.nan)
@@ -78,12 +78,12 @@ def test_policy_loss_on_given_logprobs(impl, ratio, no_worse):
         (loss * pull).sum().backward()
         return {"loss": loss.detach(), "gradient": logprob.grad, **metrics}
 
-    no_worse(run(impl, torch.float32), run("reference", torch.float32), run("reference", torch.float64))
+    assert_no_worse(run(impl, torch.float32), run("reference", torch.float32), run("reference", torch.float64))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("fp32_logits", [True, False])
-def test_bfloat16_operands(impl, fp32_logits, head_case, loss_rows, run_fused, no_worse):
+def test_bfloat16_operands(impl, fp32_logits, head_case, loss_rows, run_fused, assert_no_worse):
     head = head_case(20, 300, dtype=torch.bfloat16)
     rows = loss_rows(*head)
     # The interpreter truncates where a GPU rounds to nearest, so its bfloat16 gradients have twice the rounding error,
@@ -96,18 +96,18 @@ def test_bfloat16_operands(impl, fp32_logits, head_case, loss_rows, run_fused, n
     for flag in ("clipped_low", "clipped_high", "dual_clipped"):
         ours.pop(flag), theirs.pop(flag), truth.pop(flag)
     assert ours["d_weight"].dtype == torch.bfloat16
-    no_worse(ours, theirs, truth, slack=slack)
+    assert_no_worse(ours, theirs, truth, slack=slack)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_vocabulary_of_qwen3(impl, head_case, loss_rows, run_fused, no_worse, monkeypatch):
+def test_the_vocabulary_of_qwen3(impl, head_case, loss_rows, run_fused, assert_no_worse, monkeypatch):
     monkeypatch.setattr(row_triton, "ROW_BLOCK", 1 << 16)
     head = head_case(5, 151_936, width=4, dtype=torch.float32)
     rows = loss_rows(*head)
     ours = run_fused(impl, *head, rows, chunk_rows=16, entropy_coef=0.01)
     theirs = run_fused("reference", *head, rows, entropy_coef=0.01)
     truth = run_fused("reference", head[0].double(), head[1].double(), head[2], rows, entropy_coef=0.01)
-    no_worse(ours, theirs, truth)
+    assert_no_worse(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
