@@ -58,7 +58,7 @@ class QuickEngine:
                     number, sample, tokens, logprobs, "stop" if len(tokens) < sampling.max_tokens else "length"
                 )
 
-    def load_weights(self, file: Path) -> None:
+    def load_weights(self, file: Path, *, version: int | None = None) -> None:
         self.loaded.append(file)
 
     def close(self) -> None:

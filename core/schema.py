@@ -4,6 +4,7 @@ Token ids travel, never text; masks come from lengths, never from token values.
 """
 
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
@@ -86,7 +87,8 @@ class Completion(Noun, frozen=True, kw_only=True):
     token_bytes: bytes
     logprob_bytes: bytes  # log μ of each sampled token, of the lease's Sampling.kind
     finish: Literal["stop", "length"]
-    version: Annotated[int, Meta(ge=0)]  # optimizer steps behind the weights that sampled it; 0 for an explorer
+    version: Annotated[int, Meta(ge=0)]  # smallest number of training steps behind its weights; 0 for an explorer
+    spans: tuple[tuple[int, int], ...] = ()  # (first token, version) of each stretch; () where `version` made them all
     worker: str
     started_s: float  # CLOCK_MONOTONIC of the worker's host, for the trace only
     finished_s: float
@@ -117,12 +119,25 @@ def check_completion(completion: Completion, *, vocab_size: int, max_tokens: int
         raise ValueError(f"token and log-prob arrays disagree: {size} and {logprob_size} bytes")
     if size > 4 * max_tokens:
         raise ValueError(f"{size // 4} tokens exceed the lease's limit of {max_tokens}")
+    check_spans(completion)
     tokens, logprobs = completion.tokens, completion.logprobs
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(f"token id outside 0 … {vocab_size - 1}: {tokens.min()} … {tokens.max()}")
     # NaN fails both comparisons, so it is refused too.
     if not (logprobs.min() >= LOGPROB_FLOOR and logprobs.max() <= LOGPROB_CEILING):
         raise ValueError(f"log-prob outside [{LOGPROB_FLOOR}, {LOGPROB_CEILING}]: {logprobs.min()} … {logprobs.max()}")
+
+
+def check_spans(completion: Completion) -> None:
+    """Raise ValueError unless the stretches start at token 0 with `version` and ascend within the completion."""
+    spans = completion.spans
+    if not spans:
+        return
+    starts, versions = zip(*spans)
+    size = len(completion.token_bytes) // 4
+    ascend = all(a < b for values in (starts, versions) for a, b in pairwise(values))
+    if not (ascend and starts[0] == 0 and starts[-1] < size and versions[0] == completion.version):
+        raise ValueError(f"spans {spans} of {size} tokens do not begin with version {completion.version} and ascend")
 
 
 class ScoredCompletion(Noun, frozen=True, kw_only=True):

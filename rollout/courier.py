@@ -68,6 +68,7 @@ class Courier:
         self._leaving: str | None = None
         self._outbox = Outbox(1)
         self._inbox = Inbox()
+        self._newest: Weights | None = None
         self._doing, self._progress, self._beat = "loading", 0, 0
         self._heard_s = time.monotonic()
         self._silence_s = patience_s
@@ -97,6 +98,11 @@ class Courier:
             self._doing = f"generating {task.lease.lease_id}"
             self._progress += 1
             return task
+
+    def newer_weights(self) -> Weights | None:
+        """Weights newer than the engine's, if any were published. Called at every decode step, so it takes no lock."""
+        newest = self._newest
+        return newest if newest is not None and newest.version > self._inbox.loaded else None
 
     def loaded(self, version: int) -> None:
         """These weights are in the engine."""
@@ -206,6 +212,7 @@ class Courier:
             self._inbox.grant(message.lease)
         elif isinstance(message, Weights):
             self._inbox.learn(message)
+            self._newest = message
         elif isinstance(message, Welcome):
             self._begin(message)
         elif isinstance(message, Refused):

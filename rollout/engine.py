@@ -27,6 +27,7 @@ class Sampled(NamedTuple):
     token_ids: np.ndarray  # int32 [L], the stop token included
     logprobs: np.ndarray  # float32 [L], of the Sampling's kind
     finish: str  # "stop" or "length"
+    versions: tuple[tuple[int, int], ...] = ()  # (first token, weights version) of each stretch of tokens, ascending
 
 
 class Engine(Protocol):
@@ -44,8 +45,12 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, file: Path) -> None:
-        """Replace all weights by those of a safetensors file of the same names and shapes."""
+    def load_weights(self, file: Path, *, version: int | None = None) -> None:
+        """Replace all weights by those of a safetensors file of the same names and shapes.
+
+        May be called from `on_progress`: completions in work keep their tokens, and their keys and values are computed
+        again. `version` labels the tokens drawn from now on (default: one more than the last).
+        """
         ...
 
     def close(self) -> None:

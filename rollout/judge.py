@@ -18,12 +18,15 @@ def judge(deliver: Deliver, book: LeaseBook, worker: str, vocab_size: int, newes
     lease = book.lookup(deliver.lease_id)
     try:
         check_completion(completion, vocab_size=vocab_size, max_tokens=lease.sampling.max_tokens)
-        if not lease.version <= completion.version <= newest:
-            raise ValueError(f"weights version {completion.version} outside {lease.version} … {newest}")
+        last = completion.spans[-1][1] if completion.spans else completion.version
+        if last > newest:
+            raise ValueError(f"weights version {last} is not published: the newest is {newest}")
         if completion.prompt_uid != book.prompt_uid(deliver.lease_id, key.slot):
             raise ValueError(f"prompt {completion.prompt_uid} is not the lease's")
         if completion.worker != worker or not completion.started_s <= completion.finished_s:
             raise ValueError(f"worker {completion.worker}, {completion.started_s} to {completion.finished_s} s")
     except ValueError as problem:
         return "invalid", f"{key}: {problem}"
+    if completion.version < lease.version:  # beyond what algorithm.lookahead allows: its lease stays open
+        return "stale", f"{key}: weights version {completion.version}, the lease wants {lease.version} or newer"
     return "", ""

@@ -61,6 +61,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     silence_s: float  # without an answer for so long, a worker that the trainer started exits
     window: int  # largest distance of a new delivery's seq from the oldest unacknowledged one
     max_frame_bytes: int
+    update_in_flight: bool = False  # learner rollouts go on with new weights in the middle of a training lease
 
 
 class Fingerprints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

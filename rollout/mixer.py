@@ -95,11 +95,18 @@ class Mixer:
         groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         if not groups:
             raise RuntimeError(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
+        self._assert_fresh(step, groups)
         self.buffer.drop(rescued, "rescued")
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows])
         with self._replacing:
             self._replaced = {key for key in self._replaced if key.step > step}
         return groups
+
+    def _assert_fresh(self, step: int, groups: Sequence[Group]) -> None:
+        """Staleness is bounded by `lookahead`: rollout.judge rejected what is older, and its lease was given again."""
+        oldest = max(step - 1 - self.config.algorithm.lookahead, 0)
+        for completion in (row.completion for group in groups for row in group.rows):
+            assert completion.key.source is Source.EXPLORER or completion.version >= oldest, (completion.key, oldest)
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""

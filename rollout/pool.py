@@ -246,4 +246,5 @@ def _welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
         silence_s=stream.starvation_s,
         window=stream.credit,
         max_frame_bytes=stream.max_frame_mb << 20,
+        update_in_flight=config.rollout.update_in_flight,
     )

@@ -26,7 +26,11 @@ class TorchEngine:
     batch: the same requests in the same order give bit-identical token ids and log-probs, always, on the same machine
     with the same number of threads. In another batch a completion has the same noise, but matrix products of other
     shapes round differently: log-probs then agree to about 1e-6 in float32, and a token changes only where its draw
-    falls that close to a boundary. Do not load weights while an iterator of `generate` is unfinished.
+    falls that close to a boundary.
+
+    Weights may be loaded while an iterator of `generate` is unfinished, between its items or from `on_progress`, on the
+    thread that iterates. Running completions keep their tokens; their keys and values are computed again with the new
+    weights, in one pass over prompt and tokens, so that each log-prob is that of the weights it is labelled with.
 
     Errors: ValueError for an unsupported architecture, missing or foreign weights, and requests that the model cannot
     serve.
@@ -39,10 +43,15 @@ class TorchEngine:
             raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
         self._model = TorchModel(Path(model_dir), device=device, dtype=DTYPES[dtype])
         self.vocab_size = self._model.shape.vocab
+        self.version = 0
 
-    def load_weights(self, file: Path) -> None:
-        """Replace all weights by those of a safetensors file of the same names and sizes, or refuse and change none."""
+    def load_weights(self, file: Path, *, version: int | None = None) -> None:
+        """Replace all weights by those of a safetensors file of the same names and sizes, or refuse and change none.
+
+        `version` labels the tokens drawn from now on (default: one more than the last).
+        """
         self._model.weights.load([Path(file)])
+        self.version = self.version + 1 if version is None else version
 
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""
@@ -84,6 +93,7 @@ class TorchEngine:
         if not len(rows.open):
             return
         logits, cache = self._prefill(requests, sampling.max_tokens)
+        versions = [(0, self.version)]
         stops = np.zeros(self.vocab_size, dtype=bool)
         stops[list(sampling.stop_token_ids)] = True
         for step in range(sampling.max_tokens):
@@ -94,7 +104,7 @@ class TorchEngine:
             stopped = rows.open & stops[rows.tokens[:, step]]
             last = step + 1 == sampling.max_tokens
             for row in np.flatnonzero(rows.open if last else stopped):
-                yield rows.finished(row, step + 1, "stop" if stopped[row] else "length")
+                yield rows.finished(row, step + 1, "stop" if stopped[row] else "length", tuple(versions))
             rows.open &= ~stopped
             if last or not rows.open.any():
                 cache.release()
@@ -104,7 +114,12 @@ class TorchEngine:
                 rows = rows.take(kept)
                 cache.take(self._tensor(kept))
                 drawn = drawn[self._tensor(kept)]
-            logits = self._model.decode(drawn, cache)
+            if versions[-1][1] == self.version:
+                logits = self._model.decode(drawn, cache)
+            else:
+                versions.append((step + 1, self.version))
+                cache.release()
+                logits, cache = self._prefill(rows.continued(requests, step + 1), sampling.max_tokens - step - 1)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._model.device)
@@ -162,9 +177,17 @@ class _Rows:
             noise=np.zeros((0, len(seeds))),
         )
 
-    def finished(self, row: np.intp, length: int, finish: str) -> Sampled:
+    def finished(self, row: np.intp, length: int, finish: str, versions: tuple[tuple[int, int], ...]) -> Sampled:
         request, sample = self.names[row].tolist()
-        return Sampled(request, sample, self.tokens[row, :length].copy(), self.logprobs[row, :length].copy(), finish)
+        tokens, logprobs = self.tokens[row, :length].copy(), self.logprobs[row, :length].copy()
+        return Sampled(request, sample, tokens, logprobs, finish, versions)
+
+    def continued(self, requests: Sequence[Request], length: int) -> list[Request]:
+        """Each row as a request of its own: its prompt, followed by its first `length` tokens."""
+        return [
+            Request((*requests[request].prompt_ids, *tokens[:length].tolist()), (0,))
+            for (request, _), tokens in zip(self.names.tolist(), self.tokens)
+        ]
 
     def take(self, kept: np.ndarray) -> "_Rows":
         noise = self.noise[:, kept]

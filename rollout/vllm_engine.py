@@ -17,15 +17,6 @@ _RELEASE = "0.32."
 _COLDEST = 0.01  # vLLM samples at 0.01 where it is asked for less, and says so only in its log
 
 
-class VersionedSampled(Sampled):
-    """A completion with the weights that drew it.
-
-    `versions`: (first token, weights version) of each stretch of tokens, ascending, the first one at token 0.
-    """
-
-    versions: tuple[tuple[int, int], ...]
-
-
 class VllmEngine:
     """Engine (rollout.engine) over a Hugging Face directory of any decoder that vLLM knows.
 
@@ -117,7 +108,7 @@ class VllmEngine:
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
-    ) -> Iterator[VersionedSampled]:
+    ) -> Iterator[Sampled]:
         """Check the requests, then yield every completion of every request, each as soon as it is finished.
 
         `on_progress(tokens)` is called after every step of vLLM with the number of tokens it drew. One iterator at a
@@ -149,7 +140,7 @@ class VllmEngine:
 
     def _stream(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: Callable[[int], None]
-    ) -> Iterator[VersionedSampled]:
+    ) -> Iterator[Sampled]:
         if self._generating:
             raise ValueError("another iterator of generate is unfinished: exhaust or close it first")
         self._generating = True
@@ -200,15 +191,14 @@ class VllmEngine:
             raise RuntimeError("vLLM did not clear its prefix cache: later completions would use keys of other weights")
 
 
-def _sampled(request: int, sample: int, output: Any) -> VersionedSampled:
+def _sampled(request: int, sample: int, output: Any) -> Sampled:
     tokens = np.array(output.token_ids, dtype=np.int32)
     logprobs = np.array(output.logprobs.logprobs, dtype=np.float32)
     assert len(tokens) == len(logprobs)
     if not np.isfinite(logprobs).all():
         raise ValueError(f"request {request}: log-probs are not finite: the model's weights are broken")
-    sampled = VersionedSampled(request, sample, tokens, logprobs, output.finish_reason)
-    sampled.versions = tuple((span.start, int(span.version)) for span in output.weight_versions)
-    return sampled
+    versions = tuple((span.start, int(span.version)) for span in output.weight_versions)
+    return Sampled(request, sample, tokens, logprobs, output.finish_reason, versions)
 
 
 def _prepare_vllm(device: str) -> None:

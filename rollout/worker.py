@@ -19,16 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
+from core.schema import Source
 from rollout.courier import Courier, Ended
 from rollout.endpoints import resolve
-from rollout.engine import Engine, Request
-from rollout.fingerprint import file_sha256, fingerprints
-from rollout.inbox import Task
+from rollout.engine import Engine
+from rollout.fingerprint import fingerprints
+from rollout.generation import Generator
 from rollout.keys import worker_keys
-from rollout.messages import Join, Weights, Welcome
+from rollout.messages import Join, Welcome
 from rollout.wire import Link
 
 EXIT_CODES = {"stop": 0, "silent": 1, "failed": 1, "refused": 2}
@@ -67,7 +65,6 @@ class Worker:
         self._options, self._role = options, Source(options.role)
         self._engine: Engine | None = None
         self._served: Welcome | None = None  # what the engine was loaded for
-        self._version = 0
         if options.name is None:
             options.name = f"{options.role}-{socket.gethostname()}-{os.getpid()}"[:100]
 
@@ -121,18 +118,18 @@ class Worker:
         welcome = courier.welcome()
         model_dir = Path(self._options.model or welcome.model)
         self._say(f"joined run {welcome.run_id}, start {welcome.incarnation}; loading {model_dir}")
-        engine = self._load(welcome, model_dir)
+        generator = self._load(welcome, model_dir)
         marks = fingerprints(model_dir, weights=self._role == Source.EXPLORER)
-        courier.ready(marks, engine.vocab_size)
+        courier.ready(marks, generator.engine.vocab_size)
         self._say("ready")
         while True:
             task = courier.next_task()
             if task.weights is not None:
-                self._load_weights(engine, task.weights)
-                courier.loaded(self._version)
-            self._generate(engine, task, courier)
+                generator.load(task.weights)
+                courier.loaded(generator.version)
+            generator.serve(task.lease, courier)
 
-    def _load(self, welcome: Welcome, model_dir: Path) -> Engine:
+    def _load(self, welcome: Welcome, model_dir: Path) -> Generator:
         """An explorer keeps its engine from session to session; a learner's weights have moved, so it starts anew."""
         kept = self._served is not None and self._served.model == welcome.model and self._role == Source.EXPLORER
         if self._engine is None or not kept:
@@ -150,37 +147,8 @@ class Worker:
                 memory_share=welcome.memory_share,
                 max_model_len=welcome.max_model_tokens,
             )
-            self._version = 0
         self._served = welcome
-        return self._engine
-
-    def _load_weights(self, engine: Engine, weights: Weights) -> None:
-        found = file_sha256(Path(weights.file))
-        if found != weights.sha256:
-            raise RuntimeError(f"weights {weights.version}: {weights.file} has SHA-256 {found}, not {weights.sha256}")
-        engine.load_weights(Path(weights.file))
-        self._version = weights.version
-
-    def _generate(self, engine: Engine, task: Task, courier: Courier) -> None:
-        lease = task.lease
-        requests = [Request(np.frombuffer(item.prompt_bytes, "<i4").tolist(), item.seeds) for item in lease.items]
-        started_s = time.monotonic()
-        for sampled in engine.generate(requests, lease.sampling, on_progress=courier.on_progress):
-            item = lease.items[sampled.request]
-            sample = item.samples[sampled.sample]
-            courier.deliver(
-                Completion(
-                    key=CompletionKey(source=lease.source, step=lease.step, slot=item.slot, sample=sample),
-                    prompt_uid=item.prompt_uid,
-                    token_bytes=pack_tokens(sampled.token_ids),
-                    logprob_bytes=pack_logprobs(sampled.logprobs),
-                    finish=sampled.finish,  # type: ignore[arg-type]
-                    version=self._version if self._role == Source.LEARNER else 0,
-                    worker=courier.name,
-                    started_s=started_s,
-                    finished_s=time.monotonic(),
-                )
-            )
+        return Generator(self._engine, in_flight=welcome.update_in_flight)
 
     def _say(self, line: str) -> None:
         print(f"{self._options.name}: {line}", flush=True)

@@ -27,6 +27,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str,
         "mix/alpha": quota.explorer / sum(quota),
         "mix/explorer_quota": quota.explorer,
         "mix/learner_quota": quota.learner,
+        "off_policy/mixed_versions": np.mean([bool(row.completion.spans) for row in rows]) if rows else 0.0,
         "off_policy/staleness_max": max((staleness(row, step) for row in rows), default=0),
     }
     lengths = np.array([len(row.completion.tokens) for row in rows])

@@ -1,0 +1,70 @@
+"""From leases to completions: an engine, the version of its weights, and new weights between two decode steps."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
+from rollout.courier import Courier
+from rollout.engine import Engine, Request, Sampled
+from rollout.fingerprint import file_sha256
+from rollout.messages import Lease, Weights
+
+
+class Generator:
+    """An engine and which weights it has. `in_flight`: a training lease in work goes on with weights that arrive.
+
+    Example: generator.load(weights); generator.serve(lease, courier)
+    """
+
+    def __init__(self, engine: Engine, *, in_flight: bool) -> None:
+        self.engine, self.in_flight = engine, in_flight
+        self.version = 0
+
+    def load(self, weights: Weights) -> None:
+        """Replace the engine's weights. RuntimeError where the file is not the one that was published."""
+        found = file_sha256(Path(weights.file))
+        if found != weights.sha256:
+            raise RuntimeError(f"weights {weights.version}: {weights.file} has SHA-256 {found}, not {weights.sha256}")
+        self.engine.load_weights(Path(weights.file), version=weights.version)
+        self.version = weights.version
+
+    def serve(self, lease: Lease, courier: Courier) -> None:
+        """Generate a lease as one batch and deliver its completions, each as soon as it is finished.
+
+        An evaluation measures one set of weights, and explorers have but one: neither is ever given others half-way.
+        """
+        requests = [Request(np.frombuffer(item.prompt_bytes, "<i4").tolist(), item.seeds) for item in lease.items]
+        takes_new = self.in_flight and lease.purpose == "train" and lease.source is Source.LEARNER
+
+        def on_progress(tokens: int) -> None:
+            courier.on_progress(tokens)
+            weights = courier.newer_weights() if takes_new else None
+            if weights is not None:
+                self.load(weights)
+                courier.loaded(self.version)
+
+        started_s, first_version = time.monotonic(), self.version
+        for sampled in self.engine.generate(requests, lease.sampling, on_progress=on_progress):
+            courier.deliver(self._completion(lease, sampled, courier.name, started_s, first_version))
+
+    def _completion(
+        self, lease: Lease, sampled: Sampled, worker: str, started_s: float, first_version: int
+    ) -> Completion:
+        item = lease.items[sampled.request]
+        key = CompletionKey(source=lease.source, step=lease.step, slot=item.slot, sample=item.samples[sampled.sample])
+        spans = sampled.versions if lease.source is Source.LEARNER and len(sampled.versions) > 1 else ()
+        version = sampled.versions[0][1] if sampled.versions else first_version
+        return Completion(
+            key=key,
+            prompt_uid=item.prompt_uid,
+            token_bytes=pack_tokens(sampled.token_ids),
+            logprob_bytes=pack_logprobs(sampled.logprobs),
+            finish=sampled.finish,  # type: ignore[arg-type]
+            version=version if lease.source is Source.LEARNER else 0,
+            spans=spans,
+            worker=worker,
+            started_s=started_s,
+            finished_s=time.monotonic(),
+        )
