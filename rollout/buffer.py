@@ -7,6 +7,7 @@ One Condition; `close` and `fail` wake every waiter. Produced for by the pool's 
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import msgspec
 
@@ -160,6 +161,10 @@ class ReplayBuffer:
             for key in self._keys():
                 counts[key.source] += 1
             return counts
+
+    def still(self) -> AbstractContextManager[object]:
+        """A context in which nothing enters, leaves or gets a reward; the methods of this class may be called in it."""
+        return self._changed
 
     def state(self) -> BufferState:
         """For a checkpoint."""

@@ -1,7 +1,7 @@
 """The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ class Rollouts:
 
     def save(self, directory: Path) -> None:
         """Write what arrived and did not train yet, and the accounts, for a checkpoint."""
-        (directory / "buffer.msgpack").write_bytes(msgspec.msgpack.encode(self.buffer.state()))
-        (directory / "ledger.json").write_bytes(msgspec.json.encode(self.report()))
+        state, report = self.pool.quiet(self._snapshot)
+        (directory / "buffer.msgpack").write_bytes(msgspec.msgpack.encode(state))
+        (directory / "ledger.json").write_bytes(msgspec.json.encode(report))
 
     def restore(self, directory: Path, step: int) -> None:
         """Continue after `step` with what a checkpoint holds."""
@@ -100,8 +101,8 @@ class Rollouts:
         self.mixer.resume(step)
 
     def report(self) -> dict[str, Any]:
-        """The ledger, closed on the pool's thread: nothing arrives while the three counters are compared."""
-        return self.pool.quiet(lambda sources: self.ledger.report(sources, self.buffer.resident()))
+        """The ledger, closed."""
+        return self.pool.quiet(self._snapshot)[1]
 
     def metrics(self) -> dict[str, float]:
         """Gauges of the stream for a training line."""
@@ -119,6 +120,11 @@ class Rollouts:
         self.mixer.close()
         if self.reuse is not None:
             self.reuse.close()
+
+    def _snapshot(self, sources: Mapping[str, Any]) -> tuple[BufferState, dict[str, Any]]:
+        """Buffer and accounts of one moment: the pool's thread is here, so nothing arrives, and no reward fails."""
+        with self.buffer.still():
+            return self.buffer.state(), self.ledger.report(sources, self.buffer.resident())
 
     def _start_explorers(self) -> None:
         """The first time something must be generated: a run whose completions are all on record starts none."""

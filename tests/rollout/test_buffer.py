@@ -90,6 +90,7 @@ def test_restart_counts_what_was_in_flight() -> None:
     buffer = new_buffer()
     saved = {
         "produced": 5,
+        "reused": 0,
         "inserted": 0,
         "rejected": {"late": 1},
         "in_flight": 4,
