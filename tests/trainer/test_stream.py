@@ -81,3 +81,28 @@ def test_a_checkpoint_taken_while_completions_come_and_go_still_adds_up(
     assert report["conserved"]
     assert report["explorer"]["inserted"] == 2
     assert report["explorer"]["dropped"] == {}
+
+
+class WritingLearner:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def write_weights(self, file: Path) -> str:
+        file.write_text(f"weights {self.step}")
+        return "digest"
+
+
+def test_published_weights_stay_whatever_a_killed_start_left_behind(tmp_path: Path) -> None:
+    """Continued from step 3 by a run that had come to step 5: its own file is the one that workers read."""
+    publisher = stream()
+    publisher.path = tmp_path
+    publisher.pool.publish_weights = lambda version, file, sha256: published.append((version, file))
+    published: list[tuple[int, Path]] = []
+    (tmp_path / "weights").mkdir()
+    for version in (4, 5):
+        (tmp_path / "weights" / f"version_{version:06d}.safetensors").write_text("old")
+    for step in (3, 4, 5, 6):
+        publisher.publish(WritingLearner(step))
+        version, file = published[-1]
+        assert (version, file.read_text()) == (step, f"weights {step}")
+        assert len(list((tmp_path / "weights").iterdir())) <= 2
