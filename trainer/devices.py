@@ -1,13 +1,18 @@
 """This node's GPUs: who gets which (core.placement), told to torch and to workers by CUDA_VISIBLE_DEVICES."""
 
+import importlib.util
+import json
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from core.config import Config
 from core.configkeys import ConfigError
+from core.memory import ModelShape, model_shape
 from core.placement import Placement, place, visible_devices
+from core.preflight import preflight
 from core.schema import Source
 
 
@@ -49,3 +54,28 @@ def find_placement(config: Config) -> Placement:
     gpus = 0 if config.run.device == "cpu" else torch.cuda.device_count()
     ranks, node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("GROUP_RANK", "0"))
     return place(config, gpus, ranks=ranks, engines=node == 0)
+
+
+def memory_report(
+    config: Config, placement: Placement, learner_dir: Path, explorer_dir: Path | None, *, ranks: int
+) -> list[str]:
+    """What every process and GPU of this node will hold. ConfigError where a GPU cannot hold it."""
+    try:
+        learner = _shape(learner_dir)
+        explorer = _shape(explorer_dir) if explorer_dir is not None else None
+    except ValueError as error:
+        return [f"memory is not estimated: {error}"]
+    engine, bytes_of = config.rollout.engine, _gpu_bytes(placement)
+    vllm = engine == "vllm" or (engine == "auto" and bool(bytes_of) and importlib.util.find_spec("vllm") is not None)
+    return preflight(config, placement, bytes_of, learner=learner, explorer=explorer, ranks=ranks, vllm=vllm)
+
+
+def _shape(directory: Path) -> ModelShape:
+    return model_shape(json.loads((directory / "config.json").read_text("utf-8")))
+
+
+def _gpu_bytes(placement: Placement) -> list[int]:
+    """Total memory by the placement's numbers; torch counts in the order of `take_gpus`."""
+    order = [*placement.trainer, *(gpu for gpu in range(placement.gpus) if gpu not in placement.trainer)]
+    sizes = {gpu: int(torch.cuda.get_device_properties(number).total_memory) for number, gpu in enumerate(order)}
+    return [sizes[gpu] for gpu in range(placement.gpus)]

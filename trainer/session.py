@@ -1,5 +1,6 @@
 """One run, set up and torn down: directory, models, data, learner, workers; and what is due after each step."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from rollout.store import write_rollouts
 from trainer.batch import StepBatch, pack_step
 from trainer.checkpoint import newest_checkpoint
 from trainer.console import Console
-from trainer.devices import find_placement, take_gpus
+from trainer.devices import find_placement, memory_report, take_gpus
 from trainer.evaluate import summarise
 from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
@@ -129,6 +130,9 @@ class Session:
         found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
         checkpoint = found.path if found else None
         self.materials = load_materials(config, self.world, console)
+        if self.devices.placement.gpus:
+            for line in self._memory():
+                console.say(line)
         self.learner = Learner.load(
             config,
             model_dir=self.materials.learner_dir,
@@ -144,6 +148,13 @@ class Session:
         self._closing.enter_context(SIGNALS.between_steps_only())
         self.stream.publish(self.learner)
 
+    def _memory(self) -> list[str]:
+        placement, materials = self.devices.placement, self.materials
+        report = memory_report(
+            self.config, placement, materials.learner_dir, materials.explorer_dir, ranks=self.world.size
+        )
+        return [placement.line(), *report]
+
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
         """Rank 0: open the files it writes and start the workers; a replay has none."""
         step, materials = self.learner.step, self.materials
@@ -157,8 +168,6 @@ class Session:
         self._closing.callback(self.recorder.close)
         if self.command.replay is not None:
             return None
-        if self.devices.placement.gpus:
-            console.say(self.devices.placement.line())
         console.phase("starting the rollout workers")
         rollouts = Rollouts(
             self.config,
@@ -205,10 +214,14 @@ def dry_run(config: Config) -> list[str]:
     """Read models and data of a configuration and say what was found; nothing is made, started or written."""
     check_paths(config)
     try:
-        placed = [find_placement(config).line()]
+        placement = find_placement(config)
+        placed = [placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
             return [*placed, *load_questions(config.data, "train", config.run.seed).report]
         world = World(rank=0, size=1, device=torch.device("cpu"))
-        return [*placed, *load_materials(config, world, Console(config)).report]
+        materials = load_materials(config, world, Console(config))
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        memory = memory_report(config, placement, materials.learner_dir, materials.explorer_dir, ranks=ranks)
+        return [*placed, *memory, *materials.report]
     except ValueError as error:
         raise ConfigError(str(error)) from error

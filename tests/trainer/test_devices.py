@@ -1,4 +1,7 @@
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,8 +9,11 @@ import torch
 from core.configfile import ConfigError, load_config
 from core.placement import Placement
 from core.schema import Source
-from trainer.devices import Devices, find_placement, take_gpus
+from trainer.devices import Devices, find_placement, memory_report, take_gpus
 from trainer.session import dry_run
+
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4}  # fmt: skip
 
 
 @pytest.fixture
@@ -53,3 +59,25 @@ def test_a_placement_that_cannot_be_is_refused_by_a_dry_run_too(eight_gpus: None
         dry_run(config)
     assert dry_run(load_config())[0].startswith("placement on 8 GPUs: trainer rank 0: 0; learner rollouts 0: 1")
     assert Devices().placement.line() == "placement: no GPU, so every process runs on the CPU"
+
+
+def test_memory_is_read_from_the_model_directories(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    config = load_config()
+    report = memory_report(config, Placement(), tmp_path, tmp_path, ranks=1)
+    assert [line.partition(":")[0] for line in report] == [
+        "memory of a trainer rank", "memory of a learner rollout engine", "memory of an explorer engine",
+    ]  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mamba"}))
+    assert memory_report(config, Placement(), tmp_path, None, ranks=1)[0].startswith("memory is not estimated")
+
+
+def test_each_gpu_s_own_memory_counts(eight_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After take_gpus torch numbers the trainer's GPUs first; here GPU 3 is the trainer's and the large one."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    sizes = [80 << 30, *[40 << 30] * 7]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=sizes[index]))
+    config = load_config(None, ["placement.trainer=[3]"])
+    report = memory_report(config, find_placement(config), tmp_path, tmp_path, ranks=1)
+    assert any(line.startswith("GPU 3 (80.0 GiB)") for line in report)
+    assert any(line.startswith("GPU 0 (40.0 GiB)") for line in report)

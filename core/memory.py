@@ -1,0 +1,164 @@
+"""How many bytes of a GPU a run's processes hold, from the shapes in config.json: exact for what is counted in
+parameters, an estimate for activations and for what libraries keep.
+
+Symbols: P parameters, N trainer ranks, T tokens of a micro-batch, H hidden, V vocabulary, F intermediate size.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from core.config import Config
+from core.configcheck import explorer_tokens
+
+GIB = 1 << 30
+BYTES = {"float32": 4, "bfloat16": 2}
+# What is no tensor of ours: the CUDA context, library workspaces, and the allocator's gaps.
+CONTEXT_BYTES = GIB
+ENGINE_OVERHEAD_BYTES = 2 * GIB  # of vLLM inside its share: context, CUDA graphs and activations of a prefill step
+FRAGMENTATION = 0.05
+HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1280 << 20, 4096  # kernels.row_triton: logits held at once
+DEEPSPEED_BUCKET = 500_000_000  # elements of a bucket of its reductions
+DEEPSPEED_LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered at most
+
+
+class ModelShape(NamedTuple):
+    """A decoder's architecture, as far as memory depends on it.
+
+    Example: ModelShape(vocab=151936, hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, head_dim=128,
+                        tied=True, qk_norm=True, qkv_bias=False)
+    """
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    qk_norm: bool
+    qkv_bias: bool
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one decoder layer."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * self.hidden * queries + 2 * self.hidden * keys
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return attention + 3 * self.hidden * self.intermediate + norms + (queries + 2 * keys) * self.qkv_bias
+
+    @property
+    def parameters(self) -> int:
+        """P, a tied head counted once."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.layers * self.layer_parameters + self.hidden
+
+    def cache_bytes(self, width: int) -> int:
+        """Keys and values of one token; `width` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """The shape that a config.json describes. ValueError for an architecture whose parameters are not known here."""
+    kind = config.get("model_type")
+    if kind not in ("qwen3", "qwen2", "llama", "mistral"):
+        raise ValueError(f"model_type {kind!r}: memory is estimated for llama, mistral, qwen2 and qwen3 only")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return ModelShape(
+        vocab=config["vocab_size"],
+        hidden=hidden,
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
+    )
+
+
+def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | None, ranks: int) -> dict[str, int]:
+    """Bytes on the GPU of one trainer rank, by what they are for.
+
+    explorer: where the loss scores π_ω, else None. ranks: N, over which DeepSpeed shards.
+    Sources: trainer.optimizer (flat fp32 gradient); arXiv:1910.02054, section 5 (ZeRO's shards).
+    """
+    settings, width, count = config.learner, BYTES[config.learner.dtype], learner.parameters
+    low = width < 4
+    stage = settings.zero_stage if settings.backend == "deepspeed" else None
+    shards = {name: ranks if stage is not None and stage >= least else 1 for name, least in _SHARDED.items()}
+    held = 0 if settings.offload == "parameters" else 1
+    state = 0 if settings.offload != "none" else 1
+    parts = {
+        "weights": held * width * count // shards["weights"],
+        "gradients": 4 * count // shards["gradients"] + (width * count if low and stage in (None, 0, 1) else 0),
+        "optimizer": state * 8 * count // shards["optimizer"],
+        "fp32 masters": state * 4 * count // shards["optimizer"] if low else 0,
+    }
+    if config.loss.kl_coef > 0:
+        parts["reference"] = width * count // shards["weights"]
+    if explorer is not None:
+        parts["explorer, scored"] = width * explorer.parameters // shards["weights"]
+    if stage:
+        live = min(DEEPSPEED_LIVE, count) * width if stage == 3 else 0
+        parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, count) * (width + 4) + live
+    parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, settings.gradient_checkpointing)
+    parts["head"] = head_bytes(learner, tokens_per_pass(config), width)
+    parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
+    return {name: size for name, size in parts.items() if size}
+
+
+_SHARDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
+
+
+def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:
+    """Host memory of one trainer rank that offloading takes: moments, masters and, if asked, weights."""
+    if config.learner.offload == "none":
+        return 0
+    width = BYTES[config.learner.dtype]
+    per_parameter = 12 + (width if config.learner.offload == "parameters" else 0)
+    return per_parameter * learner.parameters // ranks
+
+
+def tokens_per_pass(config: Config) -> int:
+    """T, at most."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    return config.learner.micro_batch_tokens or config.learner.micro_batch_rows * longest
+
+
+def activation_bytes(shape: ModelShape, tokens: int, width: int, checkpointing: bool) -> int:
+    """What backward keeps of one micro-batch: per layer the inputs of its products and norms, fp32 inside norms.
+
+    With checkpointing, the input of every layer and everything of one. Attention keeps no [T, T] matrix.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * (4 + width) * shape.hidden + ((4 + width) * (queries + keys) if shape.qk_norm else 0)
+    attention = width * (3 * queries + 3 * keys) + 4 * shape.heads
+    mlp = width * (4 * shape.intermediate + 2 * shape.hidden)
+    layer = tokens * (norms + attention + mlp)
+    return shape.layers * tokens * width * shape.hidden + layer if checkpointing else shape.layers * layer
+
+
+def head_bytes(shape: ModelShape, tokens: int, width: int) -> int:
+    """One chunk of logits, the fp32 accumulator of d_weight [V, H], and hidden states with their gradient [T, H]."""
+    most = max(16, min(HEAD_CHUNK_ROWS, HEAD_CHUNK_BYTES // (shape.vocab * width)))
+    rows = most // 256 * 256 if most >= 256 else most // 16 * 16
+    return rows * shape.vocab * width + 4 * shape.vocab * shape.hidden + 2 * tokens * shape.hidden * width
+
+
+class EngineNeed(NamedTuple):
+    """One engine's part of each of its GPUs, in bytes. `sequence`: keys and values of one longest completion."""
+
+    weights: int
+    sequence: int
+    rows: int  # completions of one lease: what the torch engine caches at once
+
+
+def engine_need(config: Config, shape: ModelShape, *, samples: int) -> EngineNeed:
+    """What an engine must hold. `samples`: completions per prompt that it is asked for at most."""
+    width, spread = BYTES[config.learner.dtype], config.rollout.tensor_parallel
+    longest = config.rollout.max_prompt_tokens + max(config.rollout.max_response_tokens, explorer_tokens(config))
+    per_token = shape.cache_bytes(width) // min(spread, shape.kv_heads)
+    prompts = min(config.rollout.lease_prompts, config.algorithm.prompts_per_step)
+    return EngineNeed(width * shape.parameters // spread, longest * per_token, prompts * samples)

@@ -1,0 +1,147 @@
+"""Will it fit: what each GPU of a node will hold, in words, and a refusal that says what to change."""
+
+from collections.abc import Sequence
+
+from core.config import Config
+from core.configcheck import all_quotas
+from core.configkeys import ConfigError
+from core.memory import (
+    CONTEXT_BYTES,
+    ENGINE_OVERHEAD_BYTES,
+    GIB,
+    EngineNeed,
+    ModelShape,
+    engine_need,
+    host_bytes,
+    trainer_parts,
+)
+from core.placement import Placement
+
+TORCH_CACHE_SLACK = 1.25  # its cache grows by a quarter
+
+
+def preflight(
+    config: Config,
+    placement: Placement,
+    gpu_bytes: Sequence[int],
+    *,
+    learner: ModelShape,
+    explorer: ModelShape | None,
+    ranks: int,
+    vllm: bool,
+) -> list[str]:
+    """One line per process and per GPU. ConfigError where a GPU would hold more than it has.
+
+    gpu_bytes: total memory of each visible GPU; none on CPU, where nothing is refused. explorer: None where no step
+    asks for one. ranks: trainer ranks on all nodes. vllm: which engine runs (rollout.engine, where it is "auto").
+    """
+    scored = explorer if config.correction.learner.weight == "mixture" else None
+    trainer = trainer_parts(config, learner, scored, ranks)
+    quotas = all_quotas(config)
+    roles = {"learner": (learner, max(quota.learner for quota in quotas))}
+    if explorer is not None:
+        roles["explorer"] = (explorer, max(quota.explorer for quota in quotas))
+    samples = config.evaluation.samples if config.data.eval else 0
+    needs = {
+        role: engine_need(config, shape, samples=max(most, samples if role == "learner" else 0))
+        for role, (shape, most) in roles.items()
+    }
+    lines = [f"memory of a trainer rank: {_sum(trainer)}"]
+    if host := host_bytes(config, learner, ranks):
+        lines.append(f"host memory of a trainer rank: {_gib(host)} of offloaded states")
+    share = placement.memory_share if vllm else 0.0
+    problems = []
+    for role, need in needs.items():
+        lines.append(f"memory of {_ENGINES[role]}: {_engine_line(need, vllm)}")
+    for gpu, total in enumerate(gpu_bytes):
+        held, parts = _held(gpu, placement, trainer, needs, share * total if vllm else None)
+        if not parts:
+            continue
+        lines.append(f"GPU {gpu} ({_gib(total)}): {_gib(held)} = {' + '.join(parts)}")
+        if held > total:
+            problems.append(f"GPU {gpu} has {_gib(total)} and would hold {_gib(held)} = {' + '.join(parts)}. ")
+            problems[-1] += _remedies(config, trainer, gpu in placement.trainer, gpu in placement.engines)
+        problems += _tight(gpu, placement, needs, share * total) if vllm else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return lines
+
+
+_ENGINES = {"learner": "a learner rollout engine", "explorer": "an explorer engine"}
+
+
+def _held(
+    gpu: int, placement: Placement, trainer: dict[str, int], needs: dict[str, EngineNeed], share: float | None
+) -> tuple[int, list[str]]:
+    """Bytes of a GPU, and what for. `share`: what a vLLM engine fills; None for torch engines."""
+    sizes = {}
+    if gpu in placement.trainer:
+        sizes["trainer rank"] = sum(trainer.values())
+    for role, blocks in (("learner", placement.learner), ("explorer", placement.explorer)):
+        count = sum(gpu in block for block in blocks)
+        if count and role in needs:
+            each = int(share) if share is not None else _torch_bytes(needs[role])
+            sizes[f"{count} x {_ENGINES[role].partition(' ')[2]}"] = count * each
+    return sum(sizes.values()), [f"{name} {_gib(size)}" for name, size in sizes.items()]
+
+
+def _tight(gpu: int, placement: Placement, needs: dict[str, EngineNeed], share: float) -> list[str]:
+    """Engines whose share cannot hold the model and one completion."""
+    problems = []
+    for role, blocks in (("learner", placement.learner), ("explorer", placement.explorer)):
+        need = needs.get(role)
+        if need is None or not any(gpu == block[0] for block in blocks):
+            continue
+        least = need.weights + ENGINE_OVERHEAD_BYTES + need.sequence
+        if least > share:
+            problems.append(
+                f"GPU {gpu}: {_ENGINES[role]} may fill {_gib(share)} and needs {_gib(least)} (weights "
+                f"{_gib(need.weights)}, {_gib(ENGINE_OVERHEAD_BYTES)} for vLLM itself, one longest completion "
+                f"{_gib(need.sequence)}): raise rollout.memory_share or rollout.tensor_parallel, give it a GPU of its "
+                "own (placement), or lower rollout.max_response_tokens"
+            )
+    return problems
+
+
+def _torch_bytes(need: EngineNeed) -> int:
+    return int(need.weights + need.rows * need.sequence * TORCH_CACHE_SLACK) + CONTEXT_BYTES
+
+
+def _engine_line(need: EngineNeed, vllm: bool) -> str:
+    if not vllm:
+        cache = need.rows * need.sequence
+        return f"{_gib(_torch_bytes(need))} = weights {_gib(need.weights)}, cache of {need.rows} rows {_gib(cache)}, …"
+    return (
+        f"its share (rollout.memory_share), of which weights {_gib(need.weights)}, vLLM itself about "
+        f"{_gib(ENGINE_OVERHEAD_BYTES)}, and the rest keys and values, {_gib(need.sequence)} for a longest completion"
+    )
+
+
+def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: bool) -> str:
+    """What would make it smaller, the largest gain first; what is in use already is left out."""
+    learner, options = config.learner, []
+    if trains and not learner.gradient_checkpointing and trainer.get("activations", 0) > sum(trainer.values()) // 10:
+        options.append("learner.gradient_checkpointing=true")
+    if trains and learner.backend == "torch":
+        options.append("learner.backend=deepspeed learner.zero_stage=3 on more ranks")
+    elif trains and learner.zero_stage < 3:
+        options.append("learner.zero_stage=3")
+    if trains and learner.offload == "none":
+        options.append("learner.offload=optimizer (with learner.backend=deepspeed)")
+    if trains and learner.dtype == "float32":
+        options.append("learner.dtype=bfloat16")
+    if trains and not (learner.micro_batch_rows == 1 and not learner.micro_batch_tokens):
+        options.append("a smaller learner.micro_batch_" + ("tokens" if learner.micro_batch_tokens else "rows"))
+    if trains and generates:
+        options.append("GPUs of their own for the engines (placement), or a smaller rollout.memory_share")
+    elif generates:
+        options.append("fewer processes, a smaller rollout.lease_prompts, or rollout.engine=vllm")
+    return f"Use {'; '.join(options)}"
+
+
+def _sum(parts: dict[str, int]) -> str:
+    return f"{_gib(sum(parts.values()))} = " + ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

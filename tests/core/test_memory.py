@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+
+from core.config import Config
+from core.configfile import ConfigError, load_config
+from core.memory import (
+    GIB,
+    ModelShape,
+    activation_bytes,
+    engine_need,
+    head_bytes,
+    host_bytes,
+    model_shape,
+    trainer_parts,
+)
+from core.placement import Placement, place
+from core.preflight import preflight
+
+# Their published config.json.
+QWEN3_8B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3_1_7B = QWEN3_8B | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+LARGE, SMALL = model_shape(QWEN3_8B), model_shape(QWEN3_1_7B)
+P = 8_190_735_360  # by hand: 2·151936·4096 + 36·(2·4096² + 2·4096·1024 + 3·4096·12288 + 2·4096 + 2·128) + 4096
+PRESET = Path(__file__).resolve().parents[2] / "configs" / "qwen3_1.7b_to_8b.toml"
+
+
+def config(*overrides: str) -> Config:
+    return load_config(PRESET, overrides)
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    assert LARGE.parameters == P
+    assert SMALL.parameters == 1_720_574_976
+    assert LARGE.cache_bytes(2) == 2 * 36 * 8 * 128 * 2
+    internlm = model_shape({**QWEN3_8B, "model_type": "llama", "vocab_size": 92544, "intermediate_size": 14336,
+                            "num_hidden_layers": 32})  # fmt: skip
+    assert internlm.parameters == 7_737_708_544  # InternLM2.5-7B
+
+
+def test_an_unknown_architecture_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="model_type 'mamba'"):
+        model_shape({"model_type": "mamba"})
+
+
+def test_plain_torch_holds_everything_on_every_rank() -> None:
+    parts = trainer_parts(config(), LARGE, None, ranks=8)
+    assert {name: parts[name] for name in ("weights", "gradients", "optimizer", "fp32 masters", "reference")} == {
+        "weights": 2 * P, "gradients": (4 + 2) * P, "optimizer": 8 * P, "fp32 masters": 4 * P, "reference": 2 * P,
+    }  # fmt: skip
+    single = trainer_parts(config("learner.dtype=float32", "loss.kl_coef=0"), LARGE, None, ranks=1)
+    assert (single["weights"], single["gradients"], single["optimizer"]) == (4 * P, 4 * P, 8 * P)
+    assert "fp32 masters" not in single
+    assert "reference" not in single
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer", "masters"),
+    [(0, 2, 6, 8, 4), (1, 2, 6, 2, 1), (2, 2, 1, 2, 1), (3, 0.5, 1, 2, 1)],
+)
+def test_zero_stages_shard_over_four_ranks(
+    stage: int, weights: float, gradients: float, optimizer: float, masters: float
+) -> None:
+    parts = trainer_parts(config("learner.backend=deepspeed", f"learner.zero_stage={stage}"), LARGE, None, ranks=4)
+    found = [parts[name] / P for name in ("weights", "gradients", "optimizer", "fp32 masters")]
+    assert found == pytest.approx([weights, gradients, optimizer, masters])
+    assert parts["reference"] == parts["weights"]  # spread as the trained model is
+
+
+def test_offloaded_states_are_in_host_memory() -> None:
+    words = ["learner.backend=deepspeed", "learner.zero_stage=3"]
+    optimizer = config(*words, "learner.offload=optimizer")
+    parts = trainer_parts(optimizer, LARGE, SMALL, ranks=2)
+    assert not {"optimizer", "fp32 masters"} & parts.keys()
+    assert parts["explorer, scored"] == SMALL.parameters  # bf16, two ranks
+    assert host_bytes(optimizer, LARGE, ranks=2) == 6 * P
+    everything = config(*words, "learner.offload=parameters")
+    assert "weights" not in trainer_parts(everything, LARGE, None, ranks=2)
+    assert host_bytes(everything, LARGE, ranks=2) == 7 * P
+    assert host_bytes(config(), LARGE, ranks=2) == 0
+
+
+def test_activations_by_hand() -> None:
+    shape = ModelShape(vocab=32, hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, head_dim=4, tied=True,
+                       qk_norm=False, qkv_bias=False)  # fmt: skip
+    # Per token and layer, in fp32: two norms keep their input and its fp32 form; q, k, v, rotated q and k, attention's
+    # output (and, for k and v, what it reads) and its log-sum; gate, up, their activation and product; two sums.
+    layer = 2 * (4 + 4) * 8 + 4 * (3 * 8 + 3 * 4) + 4 * 2 + 4 * (4 * 16 + 2 * 8)
+    assert activation_bytes(shape, tokens=10, width=4, checkpointing=False) == 3 * 10 * layer
+    assert activation_bytes(shape, tokens=10, width=4, checkpointing=True) == 3 * 10 * 4 * 8 + 10 * layer
+
+
+def test_the_head_holds_a_chunk_of_logits_and_an_fp32_accumulator() -> None:
+    assert head_bytes(LARGE, tokens=1000, width=2) == 4096 * 151936 * 2 + 4 * 151936 * 4096 + 2 * 1000 * 4096 * 2
+
+
+def test_an_engine_needs_its_weights_and_a_longest_completion() -> None:
+    need = engine_need(config("rollout.tensor_parallel=2"), LARGE, samples=16)
+    assert need.weights == P
+    assert need.sequence == (512 + 4096) * LARGE.cache_bytes(2) // 2
+    assert need.rows == 32 * 16
+
+
+def test_eight_gpus_of_80_gib_hold_the_preset_with_zero_3() -> None:
+    chosen = config("learner.backend=deepspeed", "learner.zero_stage=3")
+    placement = place(chosen, 8, ranks=4)
+    lines = preflight(chosen, placement, [80 * GIB] * 8, learner=LARGE, explorer=SMALL, ranks=4, vllm=True)
+    assert any(line.startswith("memory of a trainer rank: ") and "optimizer 15.3 GiB" in line for line in lines)
+    assert sum(line.startswith("GPU ") for line in lines) == 6  # two are idle
+    assert "GPU 4 (80.0 GiB): 72.0 GiB = 1 x learner rollout engine 72.0 GiB" in lines
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change() -> None:
+    with pytest.raises(ConfigError) as raised:
+        preflight(config(), place(config(), 1), [80 * GIB], learner=LARGE, explorer=SMALL, ranks=1, vllm=True)
+    message = str(raised.value)
+    assert "GPU 0 has 80.0 GiB and would hold" in message
+    assert "learner.zero_stage=3" in message
+    assert "learner.gradient_checkpointing" not in message  # the preset has it already
+
+
+def test_a_share_too_small_for_the_model_is_refused() -> None:
+    chosen = config("learner.backend=deepspeed", "learner.zero_stage=3", "rollout.memory_share=0.2")
+    with pytest.raises(ConfigError) as raised:
+        preflight(chosen, place(chosen, 8, ranks=4), [80 * GIB] * 8, learner=LARGE, explorer=SMALL, ranks=4, vllm=True)
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("GPU 4: a learner rollout engine may fill 16.0 GiB and needs 17.9 GiB")
+    assert "rollout.tensor_parallel" in line
+
+
+def test_on_cpu_it_only_tells() -> None:
+    lines = preflight(config(), Placement(), [], learner=LARGE, explorer=None, ranks=1, vllm=False)
+    assert len(lines) == 2
+    assert lines[1].startswith("memory of a learner rollout engine: ")

@@ -1,0 +1,37 @@
+"""What core.memory counts is what transformers makes, and what the kernels hold."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from core import memory
+from core.memory import head_bytes, model_shape
+from kernels import row_triton
+from kernels.autograd import backend, default_chunk_rows
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 8, "tie_word_embeddings": False}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("llama", {}),
+        ("mistral", {"head_dim": 8}),
+    ],
+)
+def test_parameters_are_counted_exactly(kind: str, extra: dict[str, object]) -> None:
+    config = AutoConfig.for_model(kind, **TINY, **extra)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model_shape(config.to_dict()).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_head_s_chunk_is_the_kernels_own() -> None:
+    assert (memory.HEAD_CHUNK_BYTES, memory.HEAD_CHUNK_ROWS) == (row_triton.CHUNK_BYTES, row_triton.CHUNK_ROWS)
+    shape = model_shape({"model_type": "llama", **TINY} | {"vocab_size": 400_000})
+    rows = default_chunk_rows(backend("triton"), 400_000, 2)
+    assert head_bytes(shape, tokens=0, width=2) == rows * 400_000 * 2 + 4 * 400_000 * 32
