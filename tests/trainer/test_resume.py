@@ -61,6 +61,7 @@ def run_and_kill(words: list[str], log: Path, run_dir: Path, *, after_step: int,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five starts, on a machine that may be busy
 def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(root: Path) -> None:
     """Inside the first checkpoint, just after it was renamed, and at a seeded random instant."""
     reference, run_dir, log = reference_run(root)[0], root / "killed", root / "killed.log"
