@@ -79,6 +79,7 @@ class Learner(Section, frozen=True, kw_only=True):
     warmup_updates: Annotated[int, Meta(description="Optimizer updates of linear warm-up.", ge=0)] = 4
     grad_clip: Annotated[float, Meta(description="Largest global gradient norm.", gt=0)] = 1.0
     micro_batch_rows: Annotated[int, Meta(description="Completions per forward pass and rank; must divide mini_batch_prompts × group_size.", ge=1)] = 64
+    liger: Annotated[bool, Meta(description="On a GPU, Liger's RMSNorm, rotary embedding and SwiGLU, where it is installed and knows the model.")] = True
     micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 0
     gradient_checkpointing: Annotated[bool, Meta(description="Recompute activations in the backward pass.")] = False
     backend: Annotated[Literal["torch", "deepspeed"], Meta(description="What trains: plain data-parallel torch (every rank holds everything), or DeepSpeed, which shards over the ranks.")] = "torch"

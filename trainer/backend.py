@@ -5,6 +5,7 @@ All methods are collectives: every rank calls them in the same order.
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from core.config import Learner as LearnerSettings
 from kernels.head import LogprobModel
+from trainer.attention import use_packed_attention
+from trainer.models import DTYPES, load_model, use_liger
 from trainer.objective import Forward
 from trainer.optimizer import Optimizer
 from trainer.world import World
@@ -129,3 +132,18 @@ def make_backend(model: PreTrainedModel, settings: LearnerSettings, world: World
     from trainer.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(model, settings, world)
+
+
+def read_model(directory: Path, settings: LearnerSettings, world: World, key: str) -> PreTrainedModel:
+    """A model to train or to score with, for `settings`; `models.load_model` says what it refuses.
+
+    It is read to the host where each device only ever holds a part of it.
+    """
+    sharded = settings.backend == "deepspeed" and settings.zero_stage == 3
+    device = torch.device("cpu") if sharded else world.device
+    model = load_model(directory, dtype=DTYPES[settings.dtype], device=device, key=key)
+    if settings.micro_batch_tokens:
+        use_packed_attention(model)
+    if settings.liger and world.device.type == "cuda":
+        use_liger(model)
+    return model

@@ -16,16 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.config import Config
 from core.schema import Source
 from rollout.store import rollout_file
-from trainer.attention import use_packed_attention
-from trainer.backend import make_backend
+from trainer.backend import make_backend, read_model
 from trainer.batch import MiniBatch, StepBatch
 from trainer.correction import check_ratio_kinds, correction_of, needs_explorer_scores, needs_old
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
 from trainer.micro_batch import MicroBatch
 from trainer.models import (
-    DTYPES,
     enable_gradient_checkpointing,
-    load_model,
     load_tokenizer,
     save_model,
     weight_checksum,
@@ -89,21 +86,15 @@ class Learner:
         check_ratio_kinds(config)
         torch.manual_seed(config.run.seed)
 
-        def load_one(directory: Path, key: str) -> PreTrainedModel:
-            model = load_model(directory, dtype=DTYPES[config.learner.dtype], device=world.device, key=key)
-            if config.learner.micro_batch_tokens:
-                use_packed_attention(model)
-            return model
-
-        model = load_one(checkpoint or model_dir, "learner.model")
+        model = read_model(checkpoint or model_dir, config.learner, world, "learner.model")
         if config.learner.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         reference = explorer = None
         if config.loss.kl_coef > 0:
-            reference = load_one(model_dir, "learner.model").requires_grad_(False)
+            reference = read_model(model_dir, config.learner, world, "learner.model").requires_grad_(False)
         if needs_explorer_scores(config.correction):
             assert explorer_dir is not None, "mixture weights on learner rows need the explorer"
-            explorer = load_one(explorer_dir, "explorer.model").requires_grad_(False)
+            explorer = read_model(explorer_dir, config.learner, world, "explorer.model").requires_grad_(False)
         tokenizer = load_tokenizer(model_dir, key="learner.model")
         world.agree("the configuration", msgspec.json.encode(config).decode())
         world.agree("the learner's weights", weight_checksum(model))

@@ -3,6 +3,7 @@
 Shape suffixes: R rows, L tokens of a row, H hidden, V vocabulary.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+
+
+def use_liger(model: PreTrainedModel) -> bool:
+    """Liger's RMSNorm, rotary embedding and SwiGLU in the place of the model's own; False where that cannot be.
+
+    Weights and their names stay. The rotary embedding is exchanged for every model of the family in this process.
+    """
+    if not importlib.util.find_spec("liger_kernel"):
+        return False
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    # Its cross entropies stay out: the head and the loss are ours.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
 
 
 def weight_checksum(model: PreTrainedModel) -> str:

@@ -46,6 +46,7 @@ def run(job, model_dir, work, world, steps):
     out = Path(job["out"])
     config = msgspec.convert(job["config"], Config)
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
+    model_dir = Path(job["model"] or model_dir)
     learner = Learner.load(config, model_dir=model_dir, explorer_dir=None, world=world, checkpoint=checkpoint)
     metrics, whole = [], sum(p.numel() for p in learner.model.parameters())
     for step in range(learner.step, len(steps)):

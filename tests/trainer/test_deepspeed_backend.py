@@ -61,20 +61,20 @@ class Bench:
         spoiled = msgspec.structs.replace(group, advantages=(math.nan, *group.advantages[1:]))
         self.steps[NAN_LOSS] = [spoiled, *self.steps[NAN_LOSS][1:]]
 
-    def job(self, name, overrides, *, save=0, checkpoint=None, poisoned=POISONED):
+    def job(self, name, overrides, *, save=0, checkpoint=None, model=None):
         out = self.work / name
         out.mkdir()
         config = msgspec.to_builtins(self.make_config(overrides))
         return {
-            "out": str(out), "config": config, "save": save, "poisoned": poisoned,
-            "checkpoint": str(checkpoint) if checkpoint else None,
+            "out": str(out), "config": config, "save": save, "poisoned": POISONED,
+            "checkpoint": str(checkpoint) if checkpoint else None, "model": str(model) if model else None,
         }  # fmt: skip
 
-    def plain(self, overrides, *, checkpoint=None):
+    def plain(self, overrides, *, checkpoint=None, model=None):
         """The plain learner on one rank; it never sees the step that is poisoned."""
         config = self.make_config({**overrides, "learner.backend": "torch", "learner.offload": "none"})
         learner = Learner.load(
-            config, model_dir=self.learner_dir, explorer_dir=None, world=WORLD, checkpoint=checkpoint
+            config, model_dir=model or self.learner_dir, explorer_dir=None, world=WORLD, checkpoint=checkpoint
         )
         for step in range(learner.step, len(self.steps)):
             batch = pack_step(self.steps[step], config)
@@ -120,9 +120,13 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path_factory, learner_dir, tiny_config, made_up_groups):
+def bench(tmp_path_factory, learner_dir, tiny_config, made_up_groups, write_tiny_model):
     if not BENCHES:
-        BENCHES.append(make_bench(tmp_path_factory.mktemp("deepspeed"), learner_dir, tiny_config, made_up_groups))
+        BENCHES.append(None)
+        work = tmp_path_factory.mktemp("deepspeed")
+        write_tiny_model(work / "untied", seed=1, tied=False)
+        BENCHES[0] = make_bench(work, learner_dir, tiny_config, made_up_groups)
+    assert BENCHES[0] is not None, "the first test to ask has said why there is nothing to read"
     return BENCHES[0]
 
 
@@ -136,6 +140,8 @@ def make_bench(work, learner_dir, make_config, make_groups):
             checkpoint = work / f"ranks_4_stage_{stage}" / "checkpoint"
             jobs.append(bench.job(f"resumed_{stage}", settings(stage), checkpoint=checkpoint))
             jobs.append(bench.job(f"resumed_{stage}_as_{other}", settings(other), checkpoint=checkpoint))
+        if size == 2:
+            jobs.append(bench.job("untied_head", settings(3), model=work / "untied"))
         for name, overrides in VARIANTS.items() if size == 1 else ():
             jobs.append(bench.job(name, overrides, save=SAVED))
             if name.startswith("bf16"):
@@ -215,6 +221,11 @@ def test_every_rank_sees_the_same_state(bench):
 @pytest.mark.parametrize("name", ["packed", "offload_optimizer", "offload_parameters"])
 def test_packing_checkpointing_and_offload_change_nothing(bench, name):
     assert largest_gap(bench.weights(name), bench.expected) <= 1e-5
+
+
+def test_an_untied_head_is_sharded_too(bench):
+    assert largest_gap(bench.weights("untied_head"), bench.plain(SETTINGS, model=bench.work / "untied")) <= 1e-5
+    assert "lm_head.weight" in bench.weights("untied_head")
 
 
 @pytest.mark.parametrize("stage", STAGES)

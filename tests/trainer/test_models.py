@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
 
 from trainer.models import (
     enable_gradient_checkpointing,
@@ -14,6 +15,7 @@ from trainer.models import (
     load_tokenizer,
     require_same_tokenizer,
     save_model,
+    use_liger,
     vocab_size,
     weight_checksum,
 )
@@ -167,3 +169,26 @@ def test_a_missing_chat_template_is_refused(family):
     (learner / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ValueError, match="absent for the explorer"):
         require_same_tokenizer(learner, explorer)
+
+
+def test_liger_takes_over_norms_and_mlp_and_keeps_the_weights(learner_dir, monkeypatch):
+    # What Liger exchanges for the whole process is put back.
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    rotary = modeling_qwen3.apply_rotary_pos_emb
+    model, plain = load(learner_dir), load(learner_dir)
+    assert use_liger(model)
+    layer = model.get_decoder().layers[0]
+    for module in (layer.mlp, layer.input_layernorm, layer.self_attn.q_norm, model.get_decoder().norm):
+        assert module.forward.__func__.__module__.startswith("liger_kernel")
+    assert modeling_qwen3.apply_rotary_pos_emb is not rotary
+    assert "forward" not in vars(model)  # the loss is not Liger's
+    for (name, ours), (other, theirs) in zip(model.named_parameters(), plain.named_parameters()):
+        assert name == other
+        assert torch.equal(ours, theirs)
+
+
+def test_liger_leaves_families_alone_that_it_does_not_know(learner_dir, monkeypatch):
+    model = load(learner_dir)
+    monkeypatch.setattr(model.config, "model_type", "unheard_of")
+    assert not use_liger(model)
