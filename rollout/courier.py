@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from core.schema import Completion
+from core.schema import Completion, Source
 from rollout.frame import FrameError, session_of
 from rollout.inbox import Inbox, Task
 from rollout.messages import (
@@ -42,9 +42,11 @@ _SILENCES = 3  # times liveness_s
 class Ended(Exception):
     """The session is over: the main thread leaves whatever it does."""
 
-    def __init__(self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str) -> None:
+    def __init__(
+        self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str, role: Source | None = None
+    ) -> None:
         super().__init__(f"{kind}: {reason}")
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.role = kind, reason, role  # role: the one to join with next
 
 
 class Courier:
@@ -218,7 +220,7 @@ class Courier:
         elif isinstance(message, Refused):
             self._end(Ended("refused", message.reason))
         elif isinstance(message, Rejoin):
-            self._end(Ended("rejoin", message.reason))
+            self._end(Ended("rejoin", message.reason, message.role))
         else:
             assert isinstance(message, Stop), message
             self._end(Ended("stop", message.reason))

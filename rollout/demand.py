@@ -50,6 +50,11 @@ class Demand:
         quota = self.quota(step)
         return quota.explorer if source is Source.EXPLORER else quota.learner
 
+    @property
+    def last_explorer_step(self) -> int:
+        """The last step for which the explorer owes anything; 0 where there is none."""
+        return max((step for step in range(1, self.config.algorithm.steps + 1) if self.quota(step).explorer), default=0)
+
     def leases(self, source: Source, step: int) -> Iterator[Lease]:
         """The leases that cover what `source` owes at `step`."""
         samples = tuple(range(self.count(source, step)))

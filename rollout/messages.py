@@ -178,9 +178,11 @@ class Refused(Message, frozen=True, kw_only=True):
 
 
 class Rejoin(Message, frozen=True, kw_only=True):
-    """The trainer does not know the worker (it restarted, or gave the worker up): begin again with Join."""
+    """Begin again with Join: the trainer does not know the worker (it restarted, or gave the worker up), or hands it
+    over to another role."""
 
     reason: str
+    role: Source | None = None  # the one to join with; None: as before
 
 
 class Stop(Message, frozen=True, kw_only=True):

@@ -108,6 +108,17 @@ class Mixer:
         for completion in (row.completion for group in groups for row in group.rows):
             assert completion.key.source is Source.EXPLORER or completion.version >= oldest, (completion.key, oldest)
 
+    def explorer_is_done(self, step: int) -> bool:
+        """Whether, with `step` collected, no explorer completion can be wanted any more: all are here and scored."""
+        last = self.demand.last_explorer_step
+        if self._requested[Source.EXPLORER] < last:
+            return False
+        for ahead in range(step + 1, last + 1):
+            scored = sum(key.source is Source.EXPLORER for key in self.buffer.scored(ahead))
+            if scored < len(self.demand.prompts_at(ahead)) * self.demand.count(Source.EXPLORER, ahead):
+                return False
+        return True
+
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
         evaluation = Evaluation(prompts, self.config.evaluation.samples)

@@ -65,6 +65,7 @@ class Peer:
     resent: int = 0
     accepted: Counter[str] = field(default_factory=Counter)  # by purpose
     rejected: Counter[str] = field(default_factory=Counter)
+    next_role: Source | None = None  # handed over: the role in which its process joins again
     weights_beat: int = 0  # its beat when weights were last sent to it
 
     @property

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from core.config import Config
-from core.configcheck import explorer_tokens
 from core.schema import Completion, Source
 from rollout.children import Children, Exit
 from rollout.endpoints import ENDPOINT_FILE, private_ipc
@@ -23,10 +22,11 @@ from rollout.errands import Errands
 from rollout.frame import session_of
 from rollout.keys import trainer_keys
 from rollout.leases import LeaseBook
-from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights, Welcome
+from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
 from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
 from rollout.status import counters, hopeless, waiting_line
+from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
 _ANSWER_S = 5.0  # how long a question to the pool's thread may take
@@ -81,7 +81,7 @@ class WorkerPool:
         (self._run_dir / ENDPOINT_FILE).write_text(self.endpoint + "\n", "utf-8")
         self._book = LeaseBook(credit=stream.credit)
         self._roster = Roster(
-            self._book, session=self._hub.session, welcome=_welcome(config, run_id, incarnation), terms=terms,
+            self._book, session=self._hub.session, welcome=welcome(config, run_id, incarnation), terms=terms,
             liveness_s=stream.liveness_s, hang_s=stream.lease_timeout_s, on_completion=on_completion,
             on_event=on_event,
         )  # fmt: skip
@@ -92,6 +92,7 @@ class WorkerPool:
         )
         self._exits: dict[str, Exit] = {}  # the last of each child
         self._errands = Errands(self._hub.wake)
+        self._handing_over = False
         self._stop_reason: str | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
@@ -111,6 +112,10 @@ class WorkerPool:
         """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
         weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
         self._errands.send(lambda: self._publish(weights))
+
+    def hand_over(self) -> None:
+        """From now on, explorers that this pool started and that owe nothing join the learner's rollouts."""
+        self._errands.send(lambda: setattr(self, "_handing_over", True))
 
     def nudge(self) -> None:
         """Ask `may_grant` again now."""
@@ -204,6 +209,8 @@ class WorkerPool:
         for known in self._roster.peers.values():
             self._children.note(known.join.pid, known.state)
         self._grant(now)
+        for known, message in self._roster.hand_over(self._children.pids().values()) if self._handing_over else ():
+            self._send(known.identity, [message])
 
     def _grant(self, now: float) -> None:
         for peer, grant in list(self._roster.grants(now, self._may_grant)):
@@ -226,25 +233,3 @@ class WorkerPool:
 
     def _send(self, peer: bytes, messages: Sequence[FromTrainer]) -> bool:
         return self._hub.send(peer, messages)
-
-
-def _welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
-    """The run's terms but for the model."""
-    stream, rollout = config.stream, config.rollout
-    return Welcome(
-        run_id=run_id,
-        incarnation=incarnation,
-        model="",
-        engine=rollout.engine,
-        tensor_parallel=rollout.tensor_parallel,
-        memory_share=rollout.memory_share,
-        max_model_tokens=rollout.max_prompt_tokens + explorer_tokens(config),
-        device=config.run.device,
-        dtype=config.learner.dtype,
-        heartbeat_s=stream.heartbeat_s,
-        liveness_s=stream.liveness_s,
-        silence_s=stream.starvation_s,
-        window=stream.credit,
-        max_frame_bytes=stream.max_frame_mb << 20,
-        update_in_flight=config.rollout.update_in_flight,
-    )

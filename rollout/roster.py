@@ -4,7 +4,7 @@ Pure: messages and times come in, replies go out. `rollout.pool` moves them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import msgspec
 
 from core.schema import Completion, Source
 from rollout.frame import FrameError
+from rollout.handover import idle_explorers, rejoin
 from rollout.judge import judge
 from rollout.leases import LeaseBook
 from rollout.messages import (
@@ -32,6 +33,7 @@ from rollout.messages import (
     Welcome,
 )
 from rollout.peers import Peer, Peers, SeqWindow, State
+from rollout.terms import mismatch
 
 MAX_PEERS = 1024
 # Beats a worker may take to name weights it was sent, before they are sent again.
@@ -69,7 +71,6 @@ class Roster:
         self.bad_frames: Counter[str] = Counter()
         self.problems: dict[str, str] = {}  # the last one of each kind, in words
         self.weights: Weights | None = None
-        self.accepted_s: float | None = None  # when the last completion was accepted
         self._welcome, self._on_completion, self._on_event = welcome, on_completion, on_event
         self._bad_in_a_row: Counter[bytes] = Counter()
         self._ticked_s: float | None = None
@@ -91,6 +92,8 @@ class Roster:
             elif isinstance(message, Leave):
                 self._end(peer, State.GONE, message.reason)
                 return []
+            elif peer.next_role is not None:
+                return [rejoin(peer.next_role)]
             else:
                 peer.seen_s = now
                 replies += self._revive(peer, now)
@@ -145,6 +148,14 @@ class Roster:
         ready = [peer for peer in self.peers.values() if peer.role == Source.LEARNER and peer.state == State.READY]
         return [(peer, message) for peer in ready for message in self._weights_for(peer)]
 
+    def hand_over(self, pids: Collection[int]) -> list[tuple[Peer, FromTrainer]]:
+        """Explorers of these processes that owe nothing join the learner's rollouts; returns whom to tell."""
+        idle = [peer for peer in idle_explorers(self.peers, pids) if not self.book.owed(peer.name)]
+        for peer in idle:
+            peer.next_role = Source.LEARNER
+            self._end(peer, State.GONE, "its process joins the learner's rollouts")
+        return [(peer, rejoin(Source.LEARNER)) for peer in idle]
+
     def process_ended(self, pid: int, host: str, why: str) -> None:
         """A worker's process is known to have ended."""
         for peer in self.peers.values():
@@ -158,8 +169,7 @@ class Roster:
             seqs.append(message.seq)
             return self._deliver(peer, message, now)
         assert isinstance(message, Heartbeat), message
-        wrong = peer.hear(message, now)
-        if wrong:
+        if wrong := peer.hear(message, now):
             return [self._refuse(peer, wrong)]
         if peer.state == State.READY:
             self.book.reconcile(peer.name, message.leases)
@@ -175,20 +185,14 @@ class Roster:
         if terms is None:
             return Refused(reason=f"this run has no work for {message.role} workers")
         if identity not in self.peers:
-            window = SeqWindow(self._welcome.window)
-            self.peers.enter(Peer(message, identity, window, joined_s=now, seen_s=now, progress_s=now))
+            self.peers.enter(Peer(message, identity, SeqWindow(self._welcome.window), now, now, now))
             self.events["joined"] += 1
         return msgspec.structs.replace(self._welcome, model=str(terms.model_dir))
 
     def _hello(self, peer: Peer, hello: Hello) -> list[FromTrainer]:
         terms = self.terms[peer.role]
-        for what, theirs, ours in (
-            ("tokenizer", hello.fingerprints.tokenizer, terms.fingerprints.tokenizer),
-            ("model", hello.fingerprints.weights, terms.fingerprints.weights),
-            ("vocabulary size", hello.vocab_size, terms.vocab_size),
-        ):
-            if theirs != ours:
-                return [self._refuse(peer, f"its {what} is {theirs}, the run's is {ours} ({terms.model_dir})")]
+        if wrong := mismatch(hello, terms.fingerprints, terms.vocab_size):
+            return [self._refuse(peer, f"{wrong} ({terms.model_dir})")]
         if not peer.greeted:
             peer.greeted, peer.state = True, State.READY
             self.book.admit(peer.name, peer.role)
@@ -212,7 +216,6 @@ class Roster:
         self._on_completion(message.purpose, message.completion)
         self.book.receive(message.lease_id, message.completion)
         peer.accepted[message.purpose] += 1
-        self.accepted_s = now
         return []
 
     def _revive(self, peer: Peer, now: float) -> list[FromTrainer]:

@@ -75,9 +75,11 @@ class Worker:
                 self._session()
             except Ended as ended:
                 again = ended.kind == "rejoin" or (ended.kind == "silent" and self._served is not None)
-                self._say(f"{ended.kind}: {ended.reason}" + (", joining again" if again and not self._spawned else ""))
-                if self._spawned or not again:
+                stays = ended.role is not None or (again and not self._spawned)
+                self._say(f"{ended.kind}: {ended.reason}" + (", joining again" if stays else ""))
+                if not stays:
                     return EXIT_CODES.get(ended.kind, 1)
+                self._role = ended.role or self._role
 
     @property
     def _spawned(self) -> bool:

@@ -27,6 +27,7 @@ from core.schema import (
 from rollout.demand import Demand
 from rollout.fingerprint import weights_fingerprint
 from rollout.store import read_rollouts, stored_steps
+from trainer.signals import SIGNALS
 from trainer.stream import GroupStream, Rollouts
 from trainer.world import World
 
@@ -40,6 +41,7 @@ class ReplayStream(GroupStream):
 
     def collect(self, step: int) -> tuple[Group, ...]:
         """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
+        SIGNALS.check()
         with self.stages("wait"):
             by_source = self.demand.config.algorithm.mixing == "authors_code"
             return read_groups(self.run, step, self.demand.prompts_at(step), by_source=by_source)

@@ -19,8 +19,8 @@ CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "loc
 # What a resumed run may change: how it runs, not what it computes.
 FREE_KEYS = (
     "run.dir", "run.threads", "run.device", "algorithm.steps", "learner.max_nonfinite_updates", "explorer.processes",
-    "explorer.ahead_steps", "rollout.processes", "stream.", "reward.workers", "reward.timeout_s", "evaluation.",
-    "checkpoint.",
+    "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight", "stream.",
+    "reward.workers", "reward.timeout_s", "evaluation.", "checkpoint.",
 )  # fmt: skip
 
 

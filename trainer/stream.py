@@ -58,7 +58,7 @@ class Rollouts:
             may_grant=self._may_grant,
             on_event=on_event,
         )
-        self._explorers_started = False
+        self._explorers_started = self._handed_over = False
         self.reuse: Reuse | None = None
         if config.explorer.store and Source.EXPLORER in terms:
             identity = store_identity(config, demand, terms[Source.EXPLORER].fingerprints)
@@ -86,6 +86,15 @@ class Rollouts:
         newest = versions.index(file)  # later ones are of a killed start that had come further
         for other in (*versions[: max(newest + 1 - KEPT_WEIGHTS, 0)], *versions[newest + 1 :]):
             other.unlink()
+
+    def collect(self, step: int) -> tuple[Group, ...]:
+        """The groups of `step`. Once nothing is wanted of the explorers any more, they may be handed over."""
+        groups = self.mixer.collect(step)
+        hands_over = self.config.rollout.roles == "handover" and self._explorers_started
+        if hands_over and not self._handed_over and self.mixer.explorer_is_done(step):
+            self._handed_over = True
+            self.pool.hand_over()
+        return groups
 
     def save(self, directory: Path) -> None:
         """Write what arrived and did not train yet, and the accounts, for a checkpoint."""
@@ -171,14 +180,14 @@ class GroupStream:
             if self.world.size > 1:
                 return self._shared(step)
             assert self.rollouts is not None
-            return self.rollouts.mixer.collect(step)
+            return self.rollouts.collect(step)
 
     def _shared(self, step: int) -> tuple[Group, ...]:
         """Rank 0's groups. No bytes: a signal ended its wait."""
         payload = None
         if self.rollouts is not None:
             try:
-                payload = msgspec.msgpack.encode(self.rollouts.mixer.collect(step))
+                payload = msgspec.msgpack.encode(self.rollouts.collect(step))
             except Stopped:
                 payload = b""
         received = self.world.broadcast_bytes(payload)
