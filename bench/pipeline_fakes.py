@@ -1,0 +1,98 @@
+"""The pipeline with stages of known length: real workers, sockets, buffer and mixer around sleeping engines."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench.fault_parts import make_model
+from bench.sleeping_engine import MEDIAN, VOCAB
+from core.config import Algorithm, Config, Reward, Rollout, Run, Stream
+from core.prompts import PromptSchedule
+from core.schema import Completion, Group, Prompt, Source
+from rollout.buffer import ReplayBuffer
+from rollout.demand import Demand
+from rollout.fingerprint import file_sha256, fingerprints
+from rollout.ledger import Ledger
+from rollout.mixer import Mixer
+from rollout.pool import WorkerPool
+from rollout.roster import RoleTerms
+
+WARM_STEPS = 3
+LEASES = 8  # a step, for one worker
+LONGEST = 4.0  # of about 32 log-normal lengths, in medians: what makes a lease's duration
+
+
+def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict[str, Any]:
+    """Step time over the slowest stage, of `steps` steady steps in which generation takes about `ratio` · `train_s`."""
+    token_s = ratio * train_s / LEASES / (LONGEST * MEDIAN)
+    os.environ["SLEEP_TOKEN_S"] = str(token_s)
+    with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
+        config = Config(
+            run=Run(dir=f"{folder}/run"),
+            algorithm=Algorithm(
+                steps=steps + WARM_STEPS, group_size=8, anneal_steps=0, prompts_per_step=4 * LEASES,
+                mini_batch_prompts=4, lookahead=lookahead,
+            ),
+            rollout=Rollout(lease_prompts=4, max_response_tokens=16 * MEDIAN),
+            stream=Stream(credit=256),
+            reward=Reward(function="bench.sleeping_engine:reward"),
+        )  # fmt: skip
+        ends, generation_s, training_s = _run(config, Path(folder), train_s)
+    step_s = statistics.mean(b - a for a, b in zip(ends[WARM_STEPS - 1 :], ends[WARM_STEPS:]))
+    stages = {"generation_s": generation_s, "training_s": training_s}
+    return {
+        "case": "fakes", "lookahead": lookahead, "ratio": ratio, "steps": steps, "step_s": step_s, **stages,
+        "step_over_slowest": step_s / max(stages.values()), "step_over_sum": step_s / sum(stages.values()),
+        "loadavg": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], float, float]:
+    """When each step ended, and the mean seconds of generation and of training in the steady ones."""
+    model = make_model(folder / "model")
+    prompts = [Prompt(uid=f"p{i}", token_ids=(5, i), text=str(i), answer="") for i in range(256)]
+    demand = Demand(config, PromptSchedule(prompts, seed=0, per_step=config.algorithm.prompts_per_step), (1,))
+    ledger = Ledger()
+    buffer = ReplayBuffer(ledger, max_bytes=config.stream.buffer_mb << 20)
+    mixers: list[Mixer] = []
+
+    def receive(purpose: str, completion: Completion) -> None:
+        mixers[0].receive(purpose, completion)
+
+    pool = WorkerPool(
+        config, run_id="bench", incarnation=1, on_completion=receive,
+        terms={Source.LEARNER: RoleTerms(model, fingerprints(model, weights=False), VOCAB)},
+        worker_arguments=("--engine", "bench.sleeping_engine:sleeping"),
+    )  # fmt: skip
+    mixers.append(Mixer(config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None))
+    weights = model / "model.safetensors"
+    sha256 = file_sha256(weights)
+    ends, generated, trained = [], [], []
+    with pool:
+        pool.spawn(Source.LEARNER, 0)
+        pool.publish_weights(0, weights, sha256)
+        for step in range(1, config.algorithm.steps + 1):
+            for ahead in range(step, min(step + config.algorithm.lookahead, config.algorithm.steps) + 1):
+                mixers[0].request(ahead)
+            generated.append(_busy_s(mixers[0].collect(step)))
+            start_s = time.monotonic()
+            time.sleep(train_s)
+            trained.append(time.monotonic() - start_s)
+            pool.publish_weights(step, weights, sha256)
+            ends.append(time.monotonic())
+        mixers[0].close()
+    return ends, statistics.mean(generated[WARM_STEPS:]), statistics.mean(trained[WARM_STEPS:])
+
+
+def _busy_s(groups: tuple[Group, ...]) -> float:
+    """Seconds that the one worker spent on a step's leases."""
+    ends: dict[float, float] = defaultdict(float)
+    for group in groups:
+        for row in group.rows:
+            started_s = row.completion.started_s
+            ends[started_s] = max(ends[started_s], row.completion.finished_s)
+    return sum(end - start for start, end in ends.items())

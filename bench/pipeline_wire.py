@@ -1,0 +1,92 @@
+"""How many completions the whole path carries: encode, ZeroMQ, decode, checks, dedupe, ledger, buffer."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.fault_parts import make_model
+from bench.sleeping_engine import VOCAB
+from core.config import Config, Run, Stream
+from core.schema import Completion, Sampling, Source, pack_tokens
+from rollout.buffer import ReplayBuffer
+from rollout.fingerprint import fingerprints
+from rollout.keys import make_keys
+from rollout.ledger import Ledger
+from rollout.messages import Lease, LeaseItem
+from rollout.pool import WorkerPool
+from rollout.roster import RoleTerms
+
+TOKENS = 512
+PROMPTS, SAMPLES = 32, 16  # of a lease
+LEASES_AHEAD = 8
+
+
+def measure(*, curve: bool, workers: int, seconds: float, limit: int) -> dict[str, Any]:
+    """Completions and megabytes a second until time or `limit` is over, and how much the trainer's process grew."""
+    with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
+        keys = Path(folder) / "keys"
+        if curve:
+            make_keys(keys)
+        config = Config(
+            run=Run(dir=f"{folder}/run"),
+            stream=Stream(endpoint="tcp://127.0.0.1:0", keys=str(keys) if curve else "", credit=4 * PROMPTS * SAMPLES),
+        )
+        return _flood(config, Path(folder), workers, seconds, limit) | {"case": "wire", "curve": curve}
+
+
+def _flood(config: Config, folder: Path, workers: int, seconds: float, limit: int) -> dict[str, Any]:
+    model, ledger, process = make_model(folder / "model"), Ledger(), psutil.Process()
+    buffer = ReplayBuffer(ledger, max_bytes=config.stream.buffer_mb << 20)
+    count = 0
+
+    def receive(purpose: str, completion: Completion) -> None:
+        nonlocal count
+        inserted = buffer.insert(completion)
+        assert inserted, completion.key
+        count += 1
+        buffer.drop([completion.key], "benchmark")  # else a step of unbounded size would stay
+
+    pool = WorkerPool(
+        config, run_id="bench", incarnation=1, on_completion=receive,
+        terms={Source.EXPLORER: RoleTerms(model, fingerprints(model, weights=True), VOCAB)},
+        worker_arguments=("--engine", "bench.sleeping_engine:flooding"),
+    )  # fmt: skip
+    with pool:
+        for index in range(workers):
+            pool.spawn(Source.EXPLORER, index)
+        submitted = 0
+        start_s, first, warm_bytes = 0.0, 0, 0
+        while count < limit and (not start_s or time.monotonic() - start_s < seconds):
+            while submitted < min(limit, count + LEASES_AHEAD * workers * PROMPTS * SAMPLES):
+                pool.submit([_lease(submitted)])
+                submitted += PROMPTS * SAMPLES
+            pool.check()
+            time.sleep(0.02)
+            if not start_s and count > limit // 20:  # what a lease's first tenth allocates is not growth
+                start_s, first, warm_bytes = time.monotonic(), count, process.memory_info().rss
+        elapsed_s, carried = time.monotonic() - start_s, count - first
+        grown = process.memory_info().rss - warm_bytes
+    return {
+        "workers": workers, "completions": count, "completions_per_s": carried / elapsed_s,
+        "mb_per_s": carried * TOKENS * 8 / elapsed_s / 1e6, "grown_mb": grown / 1e6, "loadavg": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def _lease(number: int) -> Lease:
+    """Slots that no lease before it had."""
+    items = tuple(
+        LeaseItem(
+            slot=number + i, prompt_uid="p", prompt_bytes=pack_tokens((5, 6)), samples=tuple(range(SAMPLES)),
+            seeds=tuple(range(SAMPLES)),
+        )
+        for i in range(PROMPTS)
+    )  # fmt: skip
+    sampling = Sampling(temperature=1.0, max_tokens=TOKENS, stop_token_ids=(1,))
+    return Lease(
+        lease_id=f"explorer-1-{number}", purpose="train", source=Source.EXPLORER, step=1, version=0, sampling=sampling,
+        items=items,
+    )  # fmt: skip
