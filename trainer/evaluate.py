@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,12 @@ import numpy as np
 import torch
 
 from core.config import Evaluation
-from core.schema import Sampling, ScoredCompletion
-from rollout.prompting import held_out, load_prompts, stop_tokens
-from rollout.torch_engine import DTYPES, TorchEngine
-from trainer.benchmarks import BENCHMARKS, answer_prompts, find_benchmark
+from core.schema import ScoredCompletion
+from rollout.torch_engine import DTYPES
+from trainer.answering import Answered, Evaluator
+from trainer.benchmarks import BENCHMARKS, MODES, find_benchmark
 from trainer.command import BAD_INPUT, OK, complain
 from trainer.family import default_cache_root, embedded_family
-from trainer.models import load_tokenizer
 
 # Rewards are 0 and 1, or −1 and 1 in some users' functions.
 CORRECT_ABOVE = 0.5
@@ -91,61 +91,86 @@ def count_correct(row: Sequence[ScoredCompletion]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         _check(options)
-        model_dir = _model_dir(options.model, options.seed)
-        engine = TorchEngine(model_dir, device=options.device, dtype=options.dtype)
-        results = {name: measure(name, engine, model_dir, options) for name in options.benchmarks}
+        model_dir = model_directory(options.model, options.seed)
+        with Evaluator(model_dir, options, on_progress=show_progress) as evaluator:
+            loaded = {name: evaluator.load(name) for name in options.benchmarks}  # bad files end it before it generates
+            results = {name: measure(evaluator.answer(problems), options.k) for name, problems in loaded.items()}
         print(table(results, options.k))
-        if options.out:
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-            report = msgspec.json.encode({"settings": settings, "benchmarks": results})
-            options.out.write_bytes(msgspec.json.format(report, indent=2) + b"\n")
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        report = msgspec.json.encode({"settings": settings, "benchmarks": results})
+        file = evaluator.out / "results.json"
+        file.write_bytes(msgspec.json.format(report, indent=2) + b"\n")
+        print(f"results: {file}; scored completions: {evaluator.out}/NAME.parquet")
     except (ValueError, OSError) as error:
         return complain(str(error), BAD_INPUT)
     return OK
 
 
-def measure(name: str, engine: TorchEngine, model_dir: Path, options: argparse.Namespace) -> dict[str, object]:
-    """The metrics of one benchmark (as `summarise` names them, without `eval/`), and `counts`: uid to [n, c]."""
-    benchmark = find_benchmark(name)
-    config = benchmark.config(name, options.seed, options.data)
-    tokenizer = load_tokenizer(model_dir, key="MODEL")
-    loaded, report = load_prompts(config, "eval", tokenizer)
-    print("\n".join(report))
-    prompts = held_out(loaded, options.problems)
-    sampling = Sampling(
-        temperature=options.temperature,
-        max_tokens=benchmark.max_response_tokens,
-        stop_token_ids=stop_tokens(model_dir, tokenizer),
-    )
-    rows = answer_prompts(
-        engine,
-        prompts,
-        sampling,
-        samples=options.samples,
-        seed=options.seed,
-        reward=benchmark.reward,
-        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        on_progress=lambda done: show_progress(f"{name}: {done} of {len(prompts)} problems", done / len(prompts)),
-    )
-    metrics = summarise(rows, Evaluation(samples=options.samples, k=tuple(options.k)))
-    counts = {prompt.uid: [len(row), count_correct(row)] for prompt, row in zip(prompts, rows)}
-    return {**{key.removeprefix("eval/"): value for key, value in metrics.items()}, "counts": counts}
+def measure(answered: Answered, ks: Sequence[int]) -> dict[str, object]:
+    """The results of one benchmark.
+
+    `pass@k`, `stderr/pass@k` and `interval/pass@k` (95 %) by the strict check, and under `lenient` by the authors';
+    `failures`: strict checks that failed (time-outs and others), which count as wrong; `counts`: uid to
+    [n, strictly correct, leniently correct].
+    """
+    rows = [generation for row in answered.rows for generation in row]
+    verdicts = [verdict for row in answered.verdicts for verdict in row]
+    samples = [len(row) for row in answered.rows]
+    strict = [round(sum(verdict.strict for verdict in row)) for row in answered.verdicts]
+    lenient = [round(sum(verdict.lenient for verdict in row)) for row in answered.verdicts]
+    failures = Counter(verdict.failure for verdict in verdicts if verdict.failure)
+    result: dict[str, object] = {
+        "problems": len(answered.prompts),
+        "completions": len(rows),
+        **_estimates(samples, strict, ks),
+        "lenient": _estimates(samples, lenient, ks) if answered.benchmark.chat else {},
+        "timeouts": failures["timeout"],
+        "failures": dict(failures),
+        "first_failure": next((verdict.detail for verdict in verdicts if verdict.failure), ""),
+        "mean_length": float(np.mean([len(row.token_ids) for row in rows])),
+        "truncated_ratio": float(np.mean([row.finish == "length" for row in rows])),
+        "unique_trace_ratio": float(np.mean([len({row.text for row in of}) / len(of) for of in answered.rows])),
+        "counts": {prompt.uid: list(of) for prompt, *of in zip(answered.prompts, samples, strict, lenient)},
+    }
+    return result
+
+
+def _estimates(samples: Sequence[int], correct: Sequence[int], ks: Sequence[int]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for k in ks:
+        estimate = pass_at(samples, correct, k)
+        assert estimate is not None, "every problem has as many samples as the largest k"
+        found[f"pass@{k}"], found[f"stderr/pass@{k}"] = estimate
+        found[f"interval/pass@{k}"] = estimate.interval
+    return found
 
 
 def table(results: Mapping[str, Mapping[str, object]], ks: Sequence[int]) -> str:
-    """One line per benchmark: problems, and each pass@k in per cent with half its 95 % interval."""
-    lines = [f"{'benchmark':<14} {'problems':>8} " + " ".join(f"{f'pass@{k}':>13}" for k in ks)]
+    """One line per benchmark: problems, pass@k in per cent with half its 95 % interval, lenient pass@1, failures."""
+    heads = [f"pass@{k}" for k in ks]
+    titles = " ".join(f"{title:>13}" for title in [*heads, "lenient @1", "failed"])
+    lines = [f"{'benchmark':<14} {'problems':>8} {titles}"]
     for name, metrics in results.items():
-        cells = [f"{'-':>13}"] * len(ks)
-        for column, k in enumerate(ks):
-            mean, stderr = metrics.get(f"pass@{k}"), metrics.get(f"stderr/pass@{k}")
-            if isinstance(mean, float) and isinstance(stderr, float):
-                cells[column] = f"{f'{100 * mean:.1f} ± {196 * stderr:.1f}':>13}"
-        lines.append(f"{name:<14} {metrics['problems']:>8.0f} " + " ".join(cells))
-    return "\n".join([*lines, "per cent; ± half of the 95 % confidence interval over problems"])
+        lenient, failures = metrics["lenient"], metrics["failures"]
+        assert isinstance(lenient, dict)
+        assert isinstance(failures, dict)
+        cells = [_cell(metrics, head) for head in heads] + [_cell(lenient, "pass@1"), f"{sum(failures.values())}"]
+        lines.append(f"{name:<14} {metrics['problems']:>8} " + " ".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(
+        [
+            *lines,
+            "per cent; ± half of the 95 % confidence interval over problems; lenient: as the authors' code scores;",
+            "failed: strict checks without a score (such as time-outs), counted as wrong",
+        ]
+    )
+
+
+def _cell(metrics: Mapping[str, object], head: str) -> str:
+    mean, stderr = metrics.get(head), metrics.get(f"stderr/{head}")
+    return f"{100 * mean:.1f} ± {196 * stderr:.1f}" if isinstance(mean, float) and isinstance(stderr, float) else "-"
 
 
 def show_progress(text: str, fraction: float) -> None:
@@ -154,21 +179,8 @@ def show_progress(text: str, fraction: float) -> None:
         print(f"\r\033[K{text}", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
 
 
-def _check(options: argparse.Namespace) -> None:
-    for name in options.benchmarks:
-        find_benchmark(name)
-    for k in options.k:
-        if not 1 <= k <= options.samples:
-            raise ValueError(f"--k {k}: each k must be between 1 and --samples {options.samples}")
-    if not options.temperature > 0:
-        raise ValueError(f"--temperature {options.temperature}: sampling needs a temperature above 0, such as 1.0")
-    if options.problems < 0 or options.seed < 0:
-        raise ValueError(f"--problems {options.problems} and --seed {options.seed} must be at least 0")
-    if options.out and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no directory {options.out.resolve().parent}")
-
-
-def _model_dir(name: str, seed: int) -> Path:
+def model_directory(name: str, seed: int) -> Path:
+    """A Hugging Face directory, or that of an embedded model, made where it is not there yet."""
     kind, colon, part = name.partition(":")
     if kind != "embedded" or not colon:
         return Path(name)
@@ -178,19 +190,52 @@ def _model_dir(name: str, seed: int) -> Path:
     return family.learner if part == "learner" else family.explorer
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check(options: argparse.Namespace) -> None:
+    for name in options.benchmarks:
+        find_benchmark(name)
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples} must be at least 1")
+    # Powers of two up to the number of samples, unless asked for others.
+    options.k = options.k or [2**power for power in range(options.samples.bit_length())]
+    for k in options.k:
+        if not 1 <= k <= options.samples:
+            raise ValueError(f"--k {k}: each k must be between 1 and --samples {options.samples}")
+    if options.temperature is not None and not options.temperature > 0:
+        raise ValueError(f"--temperature {options.temperature}: sampling needs a temperature above 0, such as 1.0")
+    for name in ("problems", "seed"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 0")
+    for name in ("max_tokens", "batch_rows", "workers", "tensor_parallel"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    if not options.score_timeout > 0:
+        raise ValueError(f"--score-timeout {options.score_timeout} must be above 0 seconds")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Measure pass@k of a model.")
-    parser.add_argument("model", help="Hugging Face directory, embedded:learner or embedded:explorer")
-    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--samples", type=int, default=8, help="completions per problem, n of pass@k (8)")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="the k of pass@k (1 2 4 8)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (1.0)")
-    parser.add_argument("--problems", type=int, default=0, help="only the first so many; 0 is all (0)")
-    parser.add_argument("--data", type=Path, help="directory with NAME.parquet of each benchmark")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, embedded problems and embedded models (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="working precision (float32)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add = parser.add_argument
+    add("model", help="Hugging Face directory, embedded:learner or embedded:explorer")
+    add("--benchmarks", nargs="+", required=True, metavar="NAME", help=", ".join(BENCHMARKS))
+    add("--data", type=Path, help="directory with NAME.parquet, NAME.jsonl or a folder NAME of each benchmark")
+    add("--out", type=Path, help="directory to write and to continue (runs/evaluations/MODEL-FINGERPRINT/MODE)")
+    add("--samples", type=int, default=16, help="completions per problem, n of pass@k (16)")
+    add("--k", type=int, nargs="+", help="the k of pass@k (powers of two up to --samples)")
+    add("--mode", choices=list(MODES), default="nothink", help="the published settings of Qwen3's modes (nothink)")
+    add("--temperature", type=float, help="instead of the mode's (countdown: 1.0)")
+    add("--max-tokens", type=int, help="longest completion, instead of the benchmark's")
+    add("--problems", type=int, default=0, help="only the first so many; 0 is all (0)")
+    add("--seed", type=int, default=0, help="of sampling, embedded problems and embedded models (0)")
+    add(
+        "--engine", choices=["auto", "torch", "vllm"], default="auto", help="vLLM on a GPU where it is installed (auto)"
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=sorted(DTYPES), help="working precision (bfloat16 on cuda, float32 on cpu)")
+    add("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads over (1)")
+    add("--batch-rows", type=int, help="completions generated at once (1024 with torch, all with vLLM)")
+    add("--workers", type=int, default=1, help="scoring processes (1)")
+    add("--score-timeout", type=float, default=20.0, help="seconds for the strict check of one completion (20)")
     return parser
 
 

@@ -1,34 +1,47 @@
+"""Estimates by hand, and the command over scripted and real engines."""
+
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from core.config import Evaluation
-from core.countdown import EOS_ID, WORDS, encode, parse_prompt, problems, solutions, verify
+from core.countdown import EOS_ID, WORDS, encode, parse_prompt, problems, solutions
 from core.datasets import question_uid
 from core.schema import (
     Completion,
     CompletionKey,
+    Prompt,
     Sampling,
     ScoredCompletion,
     Source,
-    check_completion,
     pack_logprobs,
     pack_tokens,
 )
 from rollout.engine import Request, Sampled
-from rollout.prompting import load_prompts
-from rollout.torch_engine import TorchEngine
-from trainer.benchmarks import BENCHMARKS, answer_prompts, find_benchmark
-from trainer.evaluate import Estimate, main, pass_at, summarise
-from trainer.models import load_tokenizer
+from trainer.answering import Answered
+from trainer.benchmarks import find_benchmark
+from trainer.evaluate import Estimate, main, measure, pass_at, summarise
+from trainer.generations import Generation
+from trainer.penalty import PenalisedSampling
 from trainer.pretrain import Recipe, Shape, make_family
+from trainer.verdicts import judge
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def scored(
@@ -134,9 +147,6 @@ class ScriptedEngine:
 
     vocab_size = len(WORDS)
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sampled]:
         for i, request in reversed(list(enumerate(requests))):
             problem = parse_prompt(" ".join(WORDS[index] for index in request.prompt_ids))
@@ -145,92 +155,221 @@ class ScriptedEngine:
                 ids = np.array([*(right if j < i else right[:5]), EOS_ID], dtype=np.int32)
                 yield Sampled(i, j, ids, np.full(len(ids), -0.5, dtype=np.float32), "stop")
 
+    def close(self) -> None:
+        pass
 
-def run(model_dir: Path, tmp_path: Path, *options: str) -> dict[str, object]:
-    out = tmp_path / "out.json"
-    arguments = [str(model_dir), "--benchmarks", "countdown", "--out", str(out), *options]
-    assert main(arguments) == 0
-    return json.loads(out.read_text())
+
+def run(model: Path | str, out: Path, *options: str, benchmark: str = "countdown") -> dict[str, object]:
+    assert main([str(model), "--benchmarks", benchmark, "--out", str(out), *options]) == 0
+    return json.loads((out / "results.json").read_text())
 
 
 def test_the_command_counts_by_hand(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.evaluate.TorchEngine", ScriptedEngine)
-    report = run(model_dir, tmp_path, "--samples", "4", "--k", "1", "2", "4", "--problems", "4", "--seed", "5")
+    monkeypatch.setattr("trainer.answering.evaluation_engine", lambda *_, **__: ScriptedEngine())
+    report = run(model_dir, tmp_path, "--samples", "4", "--problems", "4", "--seed", "5")
     found = report["benchmarks"]["countdown"]
     uids = [question_uid(problem.prompt) for problem in problems("eval", 5)[:4]]
-    assert found["counts"] == {uid: [4, correct] for uid, correct in zip(uids, (0, 1, 2, 3))}
+    assert {uid: counts[:2] for uid, counts in found["counts"].items()} == dict(zip(uids, ([4, c] for c in range(4))))
     assert found["pass@1"] == pytest.approx(6 / 16)
     assert found["pass@2"] == pytest.approx((0 + 3 / 6 + 5 / 6 + 1) / 4)
     assert found["pass@4"] == pytest.approx(3 / 4)
+    assert found["interval/pass@4"] == pytest.approx([0.75 - 1.96 * 0.25, 1.0])
     assert found["mean_length"] == pytest.approx((6 * 18 + 10 * 6) / 16)
     assert found["unique_trace_ratio"] == pytest.approx((1 + 2 + 2 + 2) / 16)
     printed = capsys.readouterr().out
-    assert "data.eval: embedded:countdown, 256 problems" in printed
+    assert "countdown: 256 problems in 256 rows of embedded" in printed
     assert "37.5 ±" in printed
     assert "75.0 ±" in printed
+    kept = pq.read_table(tmp_path / "countdown.parquet").to_pylist()
+    assert [row["sample"] for row in kept] == [0, 1, 2, 3] * 4
+    assert sum(row["reward"] for row in kept) == 6
 
 
-def test_a_real_engine_answers_each_prompt_in_order(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.benchmarks.ROWS_PER_BATCH", 6)  # two prompts a batch, and one in the last
-    tokenizer = load_tokenizer(model_dir)
-    prompts = load_prompts(BENCHMARKS["countdown"].config("countdown", 0, None), "eval", tokenizer)[0][:5]
-    done: list[int] = []
-    rows = answer_prompts(
-        TorchEngine(model_dir),
-        prompts,
-        Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(EOS_ID,)),
-        samples=3,
-        seed=0,
-        reward="countdown",
-        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        on_progress=done.append,
+# Answers to a problem whose gold answer is one half, and to one whose answer is 2.
+SAID = {
+    "half": [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{\dfrac12}", r"\boxed{2}"],
+    "two": [r"\boxed{12}", r"\boxed{x+12}", r"\boxed{2.0}", "2"],
+}
+GOLD = {"half": r"\frac{1}{2}", "two": "2"}
+
+
+class TalkingEngine:
+    """Says SAID; notes what it was asked for."""
+
+    def __init__(self, words: Sequence[str], asked: list[tuple[str, int, Sampling]]) -> None:
+        self._words, self._asked = words, asked
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sampled]:
+        for i, request in enumerate(requests):
+            problem = next(self._words[token] for token in request.prompt_ids if self._words[token] in SAID)
+            for j in range(len(request.seeds)):
+                self._asked.append((problem, j, sampling))
+                ids = np.array([self._words.index(SAID[problem][j].replace(" ", "")), 1], dtype=np.int32)
+                yield Sampled(i, j, ids, np.zeros(2, dtype=np.float32), "stop")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def talking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[tuple[str, int, Sampling]]]:
+    """A model directory whose engine says SAID, MATH-500 of two problems beside it, and what it is asked for."""
+    words = ["<pad>", "<eos>", *SAID, *(answer for answers in SAID.values() for answer in answers)]
+    words = list(dict.fromkeys(words))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}user {{ m.content }}{% endfor %} assistant"
+    model = tmp_path / "model"
+    fast.save_pretrained(model)
+    (model / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1)}, model / "model.safetensors")
+    rows = [{"problem": name, "solution": "s", "answer": GOLD[name]} for name in SAID]
+    (tmp_path / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[tuple[str, int, Sampling]] = []
+    monkeypatch.setattr("trainer.answering.evaluation_engine", lambda *_, **__: TalkingEngine(words, asked))
+    return model, asked
+
+
+def test_strict_and_lenient_scores_stand_side_by_side(
+    talking: tuple[Path, list[tuple[str, int, Sampling]]], tmp_path: Path
+) -> None:
+    model, asked = talking
+    options = ("--data", str(tmp_path), "--samples", "4", "--score-timeout", "60")
+    found = run(model, tmp_path / "out", *options, benchmark="math500")["benchmarks"]["math500"]
+    rows = pq.read_table(tmp_path / "out" / "math500.parquet").to_pylist()
+    kept = {(row["prompt"].split()[1], row["sample"]): row for row in rows}
+    strict = {name: [kept[name, j]["reward"] for j in range(4)] for name in SAID}
+    lenient = {name: [kept[name, j]["lenient"] for j in range(4)] for name in SAID}
+    assert strict == {"half": [1, 1, 1, 0], "two": [0, 0, 1, 0]}
+    # The authors' box ends at its first brace, and 0.5 is not the text of a fraction; 2 stands in x + 12.
+    assert lenient == {"half": [0, 0, 0, 0], "two": [0, 1, 1, 1]}
+    assert found["pass@1"] == pytest.approx(4 / 8)
+    assert found["lenient"]["pass@1"] == pytest.approx(3 / 8)
+    assert found["timeouts"] == 0
+    sampling = asked[0][2]
+    assert isinstance(sampling, PenalisedSampling)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.presence_penalty) == (0.7, 0.8, 20, 1.5)
+    assert sampling.max_tokens == 32768
+    assert kept["half", 0]["prompt"].endswith(r"\boxed{}. /no_think assistant")
+
+
+def test_a_check_that_hangs_or_raises_is_wrong_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_checks.py").write_text(
+        "import time\n"
+        "def check(completions, answer, **_):\n"
+        "    if completions[0] == 'hang': time.sleep(600)\n"
+        "    return [float(completions[0] == answer[0]) / (completions[0] != 'raise')]\n"
     )
-    assert done == [2, 4, 5]
-    for slot, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        assert [(one.completion.key.slot, one.completion.key.sample) for one in row] == [(slot, i) for i in range(3)]
-        for one in row:
-            assert one.completion.prompt_uid == prompt.uid
-            assert one.reward == verify(prompt.text, one.text)[0]
-            check_completion(one.completion, vocab_size=len(WORDS), max_tokens=24)
-    assert len({one.text for row in rows for one in row}) == 15
+    monkeypatch.chdir(tmp_path)
+    prompt = Prompt(uid="p", token_ids=(1,), text="?", answer="a")
+    texts = ["a", "hang", "raise", "b"]
+    rows = [[Generation("p", sample, text, [5], "stop") for sample, text in enumerate(texts)]]
+    (verdicts,) = judge([prompt], rows, reward="odd_checks:check", workers=1, timeout_s=3.0)
+    assert [verdict.strict for verdict in verdicts] == [1, 0, 0, 0]
+    assert [verdict.failure for verdict in verdicts] == ["", "timeout", "raised", ""]
+    found = measure(Answered(find_benchmark("math500"), [prompt], rows, [verdicts]), [1])
+    assert found["timeouts"] == 1
+    assert found["failures"] == {"timeout": 1, "raised": 1}
+    assert "no score within 3 s" in str(found["first_failure"])
+    assert found["pass@1"] == 0.25
 
 
-def test_equal_seeds_give_equal_reports(model_dir: Path, tmp_path: Path) -> None:
-    options = ("--samples", "2", "--k", "1", "--problems", "8")
-    assert run(model_dir, tmp_path, *options) == run(model_dir, tmp_path, *options)
-    assert run(model_dir, tmp_path, *options) != run(model_dir, tmp_path, *options, "--temperature", "0.1")
+def test_a_second_call_makes_what_is_missing_and_refuses_other_settings(
+    talking: tuple[Path, list[tuple[str, int, Sampling]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, asked = talking
+    options = ["--data", str(tmp_path), "--mode", "think"]
+    run(model, tmp_path / "out", *options, "--samples", "1", benchmark="math500")
+    assert [one[:2] for one in asked] == [("half", 0), ("two", 0)]
+    asked.clear()
+    run(model, tmp_path / "out", *options, "--samples", "2", benchmark="math500")
+    assert [one[:2] for one in asked] == [("half", 0), ("two", 0)]  # sample 1 of each: the engine counts from 0
+    asked.clear()
+    run(model, tmp_path / "out", *options, "--samples", "2", benchmark="math500")
+    assert not asked
+    arguments = [str(model), "--benchmarks", "math500", "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    for change, said in (
+        (["--mode", "nothink"], "their prompts is"),
+        (["--mode", "think", "--temperature", "1.0"], "their sampling is"),
+        (["--mode", "think", "--seed", "1"], "their seed is 0, now it is 1"),
+    ):
+        assert main([*arguments, *change]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Use another --out" in error
+    save_file({"w": torch.ones(1)}, model / "model.safetensors")
+    assert main([*arguments, "--mode", "think"]) == 2
+    assert "their model is" in capsys.readouterr().err
 
 
-def test_problems_can_come_from_a_directory(model_dir: Path, tmp_path: Path) -> None:
-    table = pa.table({"prompt": ["8 5 9 7 = 15 :", "1 2 3 4 = 10 :"], "answer": ["15", "10"]})
-    pq.write_table(table, tmp_path / "countdown.parquet")
-    report = run(model_dir, tmp_path, "--data", str(tmp_path), "--samples", "2", "--k", "1")
-    assert report["benchmarks"]["countdown"]["problems"] == 2
-    assert report["settings"]["data"] == str(tmp_path)
+KILLED = """
+import os, signal, sys
+import trainer.generations as generations
+generations.FILE_ROWS = 2
+add = generations.Generations.add
+def add_and_die(kept, rows, counted=[]):
+    add(kept, rows)
+    counted.append(1)
+    if len(counted) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+generations.Generations.add = add_and_die
+from trainer.evaluate import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_evaluation_continues(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--samples", "4", "--problems", "5"]
+    arguments = [str(model_dir), "--benchmarks", "countdown", "--out", str(tmp_path / "killed"), *options]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], env=environment, timeout=200, capture_output=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    folder = tmp_path / "killed" / "countdown"
+    before = {file: file.read_bytes() for file in folder.glob("*.parquet")}
+    assert sum(pq.read_metadata(file).num_rows for file in before) == 6
+    continued = run(model_dir, tmp_path / "killed", *options)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet")) == 20
+    assert continued["benchmarks"] == run(model_dir, tmp_path / "whole", *options)["benchmarks"]
+
+
+def test_a_broken_file_of_completions_is_named(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model_dir, tmp_path, "--samples", "1", "--problems", "2")
+    next((tmp_path / "countdown").glob("*.parquet")).write_bytes(b"PAR1")
+    assert main([str(model_dir), "--benchmarks", "countdown", "--samples", "1", "--out", str(tmp_path)]) == 2
+    assert "delete it: it is made again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--benchmarks", "aime24"], "no benchmark 'aime24'; there are: countdown"),
-        (["--benchmarks", "countdown", "--k", "9"], "--k 9: each k must be between 1 and --samples 8"),
-        (["--benchmarks", "countdown", "--k", "0"], "--k 0: each k must be between 1 and --samples 8"),
-        (
-            ["--benchmarks", "countdown", "--temperature", "0"],
-            "--temperature 0.0: sampling needs a temperature above 0",
-        ),
+        (["--benchmarks", "aime"], "no benchmark 'aime'; there are: aime24, aime25, math500"),
+        (["--benchmarks", "aime24"], "no_template has none"),
+        (["--benchmarks", "countdown", "--k", "17"], "--k 17: each k must be between 1 and --samples 16"),
+        (["--benchmarks", "countdown", "--k", "0"], "--k 0: each k must be between 1 and --samples 16"),
+        (["--benchmarks", "countdown", "--samples", "0"], "--samples 0 must be at least 1"),
+        (["--benchmarks", "countdown", "--temperature", "0"], "--temperature 0.0: sampling needs a temperature above"),
         (["--benchmarks", "countdown", "--problems", "-1"], "--problems -1"),
-        (["--benchmarks", "countdown", "--data", "nowhere"], "nowhere/countdown.parquet"),
-        (["--benchmarks", "countdown", "--out", "nowhere/out.json"], "there is no directory"),
+        (["--benchmarks", "countdown", "--batch-rows", "0"], "--batch-rows 0 must be at least 1"),
+        (["--benchmarks", "countdown", "--score-timeout", "0"], "--score-timeout 0.0 must be above 0"),
+        (["--benchmarks", "countdown", "--data", "nowhere"], "--data nowhere: there is no such directory"),
+        (["--benchmarks", "countdown", "--max-tokens", "4096", "--samples", "1"], "exceed the model's"),
+        (["--benchmarks", "countdown", "--out", "pyproject.toml"], "--out pyproject.toml is a file"),
     ],
 )
 def test_bad_options_are_explained(
-    model_dir: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(model_dir), *options]) == 2
-    assert message in capsys.readouterr().err
+    out = [] if "--out" in options else ["--out", str(tmp_path)]
+    assert main([str(model_dir), *out, *options]) == 2
+    assert message.replace("no_template", str(model_dir)) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["nowhere", "embedded:teacher"])
@@ -250,14 +389,11 @@ def test_the_embedded_models_are_made_on_demand(
 
     monkeypatch.setenv("S2LPO_CACHE", str(tmp_path))
     monkeypatch.setattr("trainer.evaluate.embedded_family", family)
-    report = run(Path("embedded:explorer"), tmp_path, "--problems", "2", "--samples", "1", "--k", "1", "--seed", "3")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["embedded:explorer", "--benchmarks", "countdown", "--problems", "2", "--samples", "1", "--seed", "3"])
+        == 0
+    )
     assert asked == [(tmp_path, 3)]
-    assert report["settings"]["model"] == "embedded:explorer"
-
-
-def test_every_benchmark_loads_its_problems(model_dir: Path) -> None:
-    for name in BENCHMARKS:
-        config = find_benchmark(name).config(name, 0, None)
-        prompts, _ = load_prompts(config, "eval", load_tokenizer(model_dir))
-        assert len(prompts) == 256
-        assert msgspec.to_builtins(config)["data"]["eval"] == "embedded:countdown"
+    (file,) = Path("runs/evaluations").glob("learner-*/nothink/results.json")
+    assert json.loads(file.read_text())["settings"]["model"] == "embedded:explorer"
