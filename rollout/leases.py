@@ -125,6 +125,17 @@ class LeaseBook:
             granted.append(entry.lease)
         return granted
 
+    def __contains__(self, lease_id: str) -> bool:
+        """Whether completions of the lease are outstanding."""
+        return lease_id in self._entries
+
+    def may_second(self, worker: str, lease_id: str) -> bool:
+        """Whether an idle worker could do what another one holds."""
+        holder, entry = self._holders.get(worker), self._entries[lease_id]
+        if holder is None or holder.leases or entry.holder in ("", worker):
+            return False
+        return holder.role == entry.lease.source and holder.version >= entry.lease.version
+
     def verdict(self, lease_id: str, purpose: str, key: CompletionKey) -> Verdict:
         """Whether a completion is wanted, without taking it."""
         entry = self._entries.get(lease_id)

@@ -26,6 +26,7 @@ from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
 from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
 from rollout.status import counters, hopeless, waiting_line
+from rollout.stragglers import Stragglers
 from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
@@ -93,6 +94,7 @@ class WorkerPool:
         self._exits: dict[str, Exit] = {}  # the last of each child
         self._errands = Errands(self._hub.wake)
         self._handing_over = False
+        self._stragglers = Stragglers(self._book)
         self._stop_reason: str | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
@@ -216,9 +218,15 @@ class WorkerPool:
         for peer, grant in list(self._roster.grants(now, self._may_grant)):
             if not self._send(peer.identity, [grant]):
                 self._book.retract(peer.name, grant.lease.lease_id)
+            else:
+                self._stragglers.granted(grant.lease, now)
+        for peer, lease in self._stragglers.second(self._roster.peers, now):
+            self._send(peer.identity, [Grant(lease=lease)])
 
     def _count(self) -> dict[str, Any]:
-        return counters(self._roster, self._children, self._hub.counts)
+        counts = counters(self._roster, self._children, self._hub.counts)
+        counts["events"]["seconded"] = self._stragglers.seconded
+        return counts
 
     def _problem(self) -> str:
         return hopeless(self._roster, self._children, self._exits)

@@ -429,13 +429,13 @@ def test_leases_of_a_killed_or_stopped_explorer_go_to_the_other(
     sink.wait(192, pool.check)
     assert all_exact(sink, wanted)
     if sign == signal.SIGSTOP:
-        assert pool.counters()["events"]["dead"] == 1
+        eventually(lambda: pool.counters()["events"].get("dead") == 1)
         os.kill(victim, signal.SIGCONT)
         eventually(lambda: pool.counters()["events"].get("revived"))
     eventually(lambda: explorer(pool)["in_flight"] == 0 and all_idle(pool))
     counts = pool.counters()
     assert counts["balanced"]
-    assert counts["events"]["requeued"] >= 1
+    assert counts["events"]["requeued"] + counts["events"]["seconded"] >= 1  # late before it is dead
     assert explorer(pool)["accepted"] == {"train": 192}
     assert set(explorer(pool)["rejected"]) <= {"duplicate"}
     if sign == signal.SIGKILL:
