@@ -32,6 +32,10 @@ class Starved(RuntimeError):
     """Nothing arrived for stream.starvation_s."""
 
 
+class NothingToTrain(RuntimeError):
+    """Every prompt of a step was dropped."""
+
+
 class Mixer:
     """Asks for completions ahead, and hands out whole groups.
 
@@ -94,7 +98,7 @@ class Mixer:
         scored = list(self.buffer.scored(step).values())
         groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         if not groups:
-            raise RuntimeError(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
+            raise NothingToTrain(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
         self._assert_fresh(step, groups)
         self.buffer.drop(rescued, "rescued")
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from core.configfile import ConfigError, parse_command
+from core.configfile import Command, ConfigError, parse_command
 from core.confighelp import explain, help_text
 from trainer.signals import SIGNALS, Stopped
 
@@ -22,18 +22,29 @@ def main(arguments: Sequence[str]) -> int:
         if command.help:
             print(help_text())
             return OK
-        # Imported late: torch and transformers take seconds, a typo should not.
-        from trainer.loop import train
-        from trainer.session import dry_run
-
-        if command.dry_run:
-            print("\n".join([*explain(command.config), *dry_run(command.config)]))
-        else:
-            train(command)
+        return run(command)
     except ConfigError as error:
         return complain(str(error), BAD_INPUT)
     except Stopped as stopped:
         return complain(f"stopped by {stopped.name}; continue with --resume", stopped.exit_code)
+
+
+def run(command: Command) -> int:
+    """Train, or say what would be trained. Ends that have a name are a line, not a stack trace."""
+    # Imported late: torch and transformers take seconds, a typo should not.
+    from rollout.mixer import NothingToTrain, Starved
+    from rollout.pool import WorkersLost
+    from trainer.learner import NonFiniteUpdatesError
+    from trainer.loop import train
+    from trainer.session import dry_run
+
+    if command.dry_run:
+        print("\n".join([*explain(command.config), *dry_run(command.config)]))
+        return OK
+    try:
+        train(command)
+    except (NothingToTrain, Starved, WorkersLost, NonFiniteUpdatesError) as error:
+        return complain(f"{error} (--resume continues from the last checkpoint)", FAILED)
     return OK
 
 
