@@ -19,7 +19,7 @@ from trainer.world import World
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 SHAPE = {
     "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
 }  # fmt: skip
 FAMILIES = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}
 
@@ -49,7 +49,7 @@ def close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lengths", [(7, 1, 12, 2, 1), (1, 1, 1), (9,), (30, 2)])
+@pytest.mark.parametrize("lengths", [(7, 1, 12, 2, 1), (1, 1, 1), (9,), (30, 2), (140, 1, 3)])
 @pytest.mark.parametrize(
     ("dtype", "checkpointing", "tolerance"),
     [(torch.float32, False, 1e-6), (torch.float32, True, 1e-6), (torch.float64, False, 1e-12)],

@@ -1,0 +1,231 @@
+"""A training step of the learner, by backend, ZeRO stage and packing, beside a plain Hugging Face step as TRL takes it.
+
+    python -m bench.learner [--shape tiny|small|1.7b|4b] [--ranks N] [--rounds N] [--only CASE ...] [--dry]
+
+Every case is a run of its own (N ranks under torchrun) on the same random weights and the same ragged rows: one update,
+from tokens to new weights. The plain step pads its rows to the longest of each micro-batch and materialises the logits.
+Tokens per second count prompts and completions, never padding. Rows go to bench/results/learner.jsonl.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from bench import measure
+from core.config import Algorithm, Config, Loss, Rollout
+from core.config import Learner as LearnerSettings
+from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
+from trainer.batch import StepBatch, pack_step
+from trainer.learner import Learner
+from trainer.models import DTYPES, load_model
+from trainer.world import World
+
+COLUMNS = ["case", "ranks", "tokens_per_s", "ratio", "median_s", "min_s", "peak_mb", "padding", "loss", "mfu"]
+ROWS, GROUP = 32, 8
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
+# hidden, layers, query heads, key-value heads, head size, intermediate, vocabulary, longest completion
+SHAPES = {
+    "tiny": (64, 2, 2, 1, 32, 128, 512, 24),
+    "small": (256, 4, 4, 2, 64, 768, 8192, 384),
+    "1.7b": (2048, 28, 16, 8, 128, 6144, 151_936, 4096),
+    "4b": (2560, 36, 32, 8, 128, 9728, 151_936, 4096),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain hugging face": {},
+    "torch padded": {"backend": "torch"},
+    "torch packed": {"backend": "torch", "packed": True},
+    **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
+    "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
+}
+
+
+def make_model(directory: Path, shape: str) -> None:
+    """Random weights of a Qwen3 of this shape."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary, longest = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=True,
+        max_position_embeddings=2 * longest, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen3ForCausalLM(config).to(config.dtype).save_pretrained(directory)
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+
+
+def make_groups(shape: str) -> list[Group]:
+    """Rows whose completions have log-normal lengths, as those of reasoning models do, cut at the longest."""
+    *_, vocabulary, longest = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    groups = []
+    for slot in range(ROWS // GROUP):
+        prompt_ids = tuple(rng.integers(0, vocabulary, longest // 8).tolist())
+        prompt = Prompt(uid=str(slot), token_ids=prompt_ids, text="", answer="")
+        rows = []
+        for sample in range(GROUP):
+            length = int(np.clip(rng.lognormal(np.log(longest / 4), 0.8), 1, longest))
+            completion = Completion(
+                key=CompletionKey(source=Source.EXPLORER, step=1, slot=slot, sample=sample), prompt_uid=prompt.uid,
+                token_bytes=pack_tokens(rng.integers(0, vocabulary, length)), finish="stop", version=0, worker="",
+                logprob_bytes=pack_logprobs(np.full(length, -np.log(vocabulary))), started_s=0.0, finished_s=0.0,
+            )  # fmt: skip
+            rows.append(ScoredCompletion(completion=completion, reward=0.0, text=""))
+        advantages = tuple(rng.normal(size=GROUP).tolist())
+        groups.append(Group(prompt=prompt, step=1, slot=slot, rows=tuple(rows), advantages=advantages))
+    return groups
+
+
+def make_config(case: dict[str, Any], shape: str) -> Config:
+    """Explorer rows with the sampler as anchor and no KL: an update needs no other forward pass."""
+    longest, cuda = SHAPES[shape][-1], torch.cuda.is_available()
+    settings = LearnerSettings(
+        backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0), learning_rate=1e-6, warmup_updates=0,
+        dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
+        micro_batch_tokens=4 * longest if case.get("packed") else 0,
+    )  # fmt: skip
+    algorithm = Algorithm(group_size=GROUP, prompts_per_step=ROWS // GROUP, mini_batch_prompts=ROWS // GROUP)
+    rollout = Rollout(max_prompt_tokens=longest // 8, max_response_tokens=longest)
+    return Config(algorithm=algorithm, loss=Loss(kl_coef=0.0), learner=settings, rollout=rollout)
+
+
+def learner_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Callable[[], float]:
+    """One update of our learner."""
+    learner = Learner.load(config, model_dir=directory, explorer_dir=None, world=world)
+    learner.begin_step(batch)
+    return lambda: learner.update(batch.mini_batches[0])["loss"]
+
+
+def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Callable[[], float]:
+    """Padded rows, logits, log-softmax, PPO's clipped loss, gradient clipping, AdamW: the steps that TRL takes."""
+    model = load_model(directory, dtype=DTYPES[config.learner.dtype], device=world.device, key="--shape")
+    if config.learner.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
+    micro_batches = [micro.to(world.device) for micro in batch.mini_batches[0].micro_batches]
+
+    def step() -> float:
+        total = 0.0
+        for micro in micro_batches:
+            logits = model(input_ids=micro.ids_BL, use_cache=False).logits[:, :-1]
+            selected = logits.gather(-1, micro.ids_BL[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+            width = micro.ids_BL.shape[1]  # of padded states, less the last of each row
+            logprob = selected.flatten()[micro.state_T - micro.state_T // width]
+            ratio = (logprob.float() - micro.sampler_T).exp()
+            clipped = ratio.clamp(0.8, 1.2)
+            loss = -torch.minimum(ratio * micro.advantage_T, clipped * micro.advantage_T)
+            capped = torch.minimum(loss, -3.0 * micro.advantage_T)
+            loss = (torch.where(micro.advantage_T < 0, capped, loss) * micro.token_weight_T).sum()
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
+    """In a process of its own, maybe as one of several ranks: rank 0 prints one JSON object."""
+    torch.set_num_threads(1)
+    world = World.join()
+    config = make_config(CASES[name], shape)
+    batch = pack_step(make_groups(shape), config, rank=world.rank, world_size=world.size)
+    held: list[Callable[[], float]] = []
+    losses: list[float] = []
+
+    def build() -> None:
+        held.append((learner_step if CASES[name] else plain_step)(config, directory, batch, world))
+        losses.append(held[0]())  # the first makes the optimizer's state
+
+    peak = max(measure.peak_bytes(build) or 0, 0)
+    seconds = measure.interleave({name: held[0]}, rounds=rounds)[name]
+    summary = measure.summary(seconds)
+    rows = [len(g.prompt.token_ids) + len(r.completion.tokens) for g in make_groups(shape) for r in g.rows]
+    slots = sum(micro.ids_BL.numel() for micro in batch.mini_batches[0].micro_batches) * world.size
+    found = {
+        "case": name, "shape": shape, "ranks": world.size, "tokens": sum(rows), "loss": losses[0], **summary,
+        "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "padding": 1 - sum(rows) / slots,
+        "mfu": _utilisation(shape, rows, summary["median_s"] * world.size),
+    }  # fmt: skip
+    if world.is_main:
+        print(json.dumps(found), flush=True)
+    world.leave()
+
+
+def _utilisation(shape: str, rows: list[int], gpu_seconds: float) -> float | None:
+    """6 N FLOPs a token and 6 layers·heads·size·L causal attention (12, halved), of the peak of a known GPU."""
+    if not torch.cuda.is_available():
+        return None
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in torch.cuda.get_device_name()), None)
+    hidden, layers, heads, kv_heads, size, intermediate, vocabulary, _ = SHAPES[shape]
+    per_layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * intermediate
+    work = sum(6 * (layers * per_layer + hidden * vocabulary) * n + 6 * layers * heads * size * n * n for n in rows)
+    return work / gpu_seconds / peak if peak else None
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.learner", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1.7b" if torch.cuda.is_available() else "small")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="cases")
+    parser.add_argument("--dry", action="store_true", help="tiny, two rounds, nothing recorded")
+    parser.add_argument("--child", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.dry:
+        options.shape, options.rounds = "tiny", 2
+    if options.child:
+        run_case(options.child[0], options.shape, Path(options.child[1]), options.rounds)
+        return 0
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        make_model(Path(directory), options.shape)
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(options.ranks),
+        ]
+        for name in options.only:
+            command = [*launcher, "-m", "bench.learner", "--shape", options.shape, "--rounds", str(options.rounds)]
+            done = subprocess.run(
+                [*command, "--child", name, directory],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=_environment(),
+            )
+            rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"case"'))))
+    for row in rows:
+        row["ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    print(measure.table(rows, COLUMNS))
+    if not options.dry:
+        print(f"appended to {measure.record('learner', rows)}")
+    return 0
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""The cases of bench.learner train the same rows to the same loss, so their speeds can be compared."""
+
+import pytest
+import torch
+
+from bench.learner import CASES, learner_step, make_config, make_groups, make_model, plain_step
+from trainer.batch import pack_step
+from trainer.world import World
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, "tiny")
+    found = {}
+    for name in ("plain hugging face", "torch padded", "torch packed"):
+        config = make_config(CASES[name], "tiny")
+        step = learner_step if CASES[name] else plain_step
+        run = step(config, directory, pack_step(make_groups("tiny"), config), WORLD)
+        found[name] = [run() for _ in range(3)]
+    return found
+
+
+def test_every_case_makes_the_same_updates(losses):
+    first, *others = losses.values()
+    assert len(set(first)) == 3
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_packed_cases_have_no_padding():
+    slots = {
+        name: sum(
+            micro.ids_BL.numel() for micro in pack_step(make_groups("tiny"), config).mini_batches[0].micro_batches
+        )
+        for name, config in ((name, make_config(CASES[name], "tiny")) for name in ("torch padded", "torch packed"))
+    }
+    tokens = sum(len(g.prompt.token_ids) + len(row.completion.tokens) for g in make_groups("tiny") for row in g.rows)
+    assert slots["torch packed"] == tokens < slots["torch padded"]
