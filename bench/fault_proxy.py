@@ -3,15 +3,22 @@
 import random
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import zmq
 
 
 class ChaosProxy:
-    """Workers connect to `endpoint`; each gets a connection of its own, under its own name, to the trainer."""
+    """Workers connect to `endpoint`; each gets a connection of its own, under its own name, to the trainer.
 
-    def __init__(self, trainer: str, *, seed: int, chance: float) -> None:
+    A frame meets one of `fates` with `chance`: drop, double, late (out of order), flip (one bit), cut (truncated).
+    """
+
+    def __init__(
+        self, trainer: str, *, seed: int, chance: float, fates: Sequence[str] = ("drop", "double", "late", "flip")
+    ) -> None:
         self.counts: Counter[str] = Counter()
+        self._fates = list(fates)
         self._trainer, self._chance, self._random = trainer, chance, random.Random(seed)
         self._stop = threading.Event()
         self._context = zmq.Context()
@@ -50,15 +57,15 @@ class ChaosProxy:
                 socket.send_multipart(parts)
 
     def _pass(self, socket: zmq.Socket, parts: list[bytes]) -> None:
-        fate = (
-            self._random.choice(["drop", "double", "late", "flip"]) if self._random.random() < self._chance else "pass"
-        )
+        fate = self._random.choice(self._fates) if self._random.random() < self._chance else "pass"
         self.counts[fate] += 1
         if fate == "flip":
             damaged = bytearray(parts[-1])
             bit = self._random.randrange(8 * len(damaged))
             damaged[bit // 8] ^= 1 << bit % 8
             parts = [*parts[:-1], bytes(damaged)]
+        if fate == "cut":
+            parts = [*parts[:-1], parts[-1][: self._random.randrange(len(parts[-1]))]]
         if fate == "late":
             self._held.append((socket, parts))
         elif fate != "drop":

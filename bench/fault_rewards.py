@@ -32,3 +32,14 @@ def fragile(completions: list[str], **columns: object) -> list[float]:
     if mark == 3:
         os.abort()
     return [float(mark)]
+
+
+def no_number(completions: list[str], **columns: object) -> list[float | None]:
+    """What the text says."""
+    return [None if text == "None" else float(text) for text in completions]
+
+
+def slow(completions: list[str], **columns: object) -> list[float]:
+    """A tenth of a second each."""
+    time.sleep(0.1)
+    return [1.0] * len(completions)

@@ -1,10 +1,8 @@
 """Whole runs of random tiny models for the fault suite: real trainer, real workers, steps of well below a second."""
 
-import contextlib
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.fault_processes import descendants, gone
 from core.anneal import explorer_quota
 from core.metrics import is_evaluation, read_metrics
 from rollout.store import read_rollouts
@@ -80,6 +79,7 @@ class Run:
         chosen |= {key.replace("__", "."): value for key, value in settings.items()}
         self.words = [f"{key}={value}" for key, value in chosen.items()]
         self.process: subprocess.Popen[bytes] | None = None
+        RUNS.append(self)
 
     def start(
         self, *words: str, launcher: Sequence[str] = (sys.executable,), prefix: Sequence[str] = (), **extra: str
@@ -112,9 +112,9 @@ class Run:
 
     def kill(self) -> None:
         """kill -9 of the trainer, whatever it does."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def signal(self, number: int) -> float:
         """Send a signal to the trainer; when."""
@@ -177,6 +177,18 @@ class Run:
         return found[0]
 
 
+RUNS: list[Run] = []
+
+
+def end_runs() -> None:
+    """Kill what a row that failed left running."""
+    while RUNS:
+        run = RUNS.pop()
+        family = list(run.family()) if run.process is not None else []
+        run.kill()
+        gone(family, within_s=60)
+
+
 def demanded(steps: int = STEPS) -> Counter[tuple[int, int, int, str]]:
     """The keys that a run of SETTINGS must train, each once."""
     return Counter(
@@ -211,39 +223,3 @@ def environment(**extra: str) -> dict[str, str]:
     """One thread a process, and none of torchrun's variables."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **extra}
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Living descendants of a process: zombies are dead."""
-    import psutil
-
-    found = {}
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if child.status() != psutil.STATUS_ZOMBIE:
-                    found[child.pid] = " ".join(child.cmdline())
-    return found
-
-
-def gone(pids: Sequence[int], within_s: float = 10.0) -> float:
-    """Wait until none of the processes lives; seconds waited."""
-    start = time.monotonic()
-    while alive := [pid for pid in pids if living(pid)]:
-        assert time.monotonic() - start < within_s, f"processes {alive} live on"
-        time.sleep(0.02)
-    return time.monotonic() - start
-
-
-def living(pid: int) -> bool:
-    """Whether a process runs: a zombie does not."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def exit_name(code: int) -> str:
-    """An exit code in words."""
-    return signal.Signals(-code).name if code < 0 else str(code)

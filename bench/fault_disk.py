@@ -1,0 +1,61 @@
+"""Rows about what a run must not share or find: its directory, its address, its explorers."""
+
+import shutil
+import socket
+import time
+
+from bench.fault_rows import Verdict, row
+from bench.fault_runs import Run, reference
+
+
+@row("F29", "two runs in one directory; a directory that holds a run; one that holds other files")
+def directories(seed: int) -> Verdict:
+    run, intruder = Run("shared", algorithm__steps=2000), Run("shared")
+    run.start()
+    run.wait_for_step(1)
+    intruder.start()
+    seconds = intruder.finish(2)
+    assert f"is in use by process {run.process.pid}" in intruder.text(), intruder.tail()  # type: ignore[union-attr]
+    run.kill()
+    dirty = Run("dirty")
+    shutil.copytree(reference().dir, dirty.dir)
+    dirty.start()
+    dirty.finish(2)
+    assert "continue it with --resume" in dirty.text(), dirty.tail()
+    return Verdict("refused", "exit code 2; the holder's pid, and --resume or --clean, are named", seconds)
+
+
+@row("F30", "resume with another group size; with other stream settings")
+def changed(seed: int) -> Verdict:
+    run = Run("changed", algorithm__group_size=2)
+    shutil.copytree(reference().dir, run.dir)
+    run.start("--resume")
+    seconds = run.finish(2)
+    assert "algorithm.group_size: 4 → 2" in run.text(), run.tail()
+    return Verdict("refused", "a table of differences, exit code 2", seconds)
+
+
+@row("F19", "stream.endpoint in use by another process")
+def port_in_use(seed: int) -> Verdict:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        run = Run("port", stream__endpoint=f"tcp://127.0.0.1:{port}")
+        run.start()
+        seconds = run.finish(2)
+    assert f'stream.endpoint = "tcp://127.0.0.1:{port}" is in use' in run.text(), run.tail()
+    return Verdict("refused", "the key, the address and the remedy are named", seconds)
+
+
+@row("F33", "no explorer ever comes (explorer.processes=0, nobody by hand)")
+def starved(seed: int) -> Verdict:
+    limit = 4.0
+    run = Run("starved", explorer__processes=0, stream__starvation_s=limit)
+    run.start()
+    run.wait_for("it waits", lambda: (run.dir / "endpoint").exists())
+    start = time.monotonic()
+    run.finish(1)
+    seconds = time.monotonic() - start
+    assert "stream.starvation_s) for 16 completions of step 1" in run.text(), run.tail()
+    assert "none has joined yet" in run.text(), run.tail()
+    assert "most recent call first" in run.text(), "no stacks were shown"
+    return Verdict("stopped", "names the step, the count, that no explorer joined; stacks of all processes", seconds)

@@ -1,0 +1,109 @@
+"""Every fault of the plan against the real processes: python -m bench.faults [--only F5 …] [--seed N] [--quick].
+
+Prints a table: fault, verdict, what happened, seconds until the run knew, completions lost and duplicated. Exit code 0
+only if every row holds. Results go to bench/results/faults.jsonl.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench import fault_runs
+from bench.fault_rows import LEFT_OUT, ROWS, NotHere, Row
+from bench.measure import record, table
+
+MODULES = (
+    "fault_workers", "fault_frames", "fault_peers", "fault_scoring", "fault_trainer", "fault_stopping",
+    "fault_checkpoints", "fault_disk", "fault_numbers", "fault_soak", "fault_cost",
+)  # fmt: skip
+COLUMNS = ["row", "fault", "verdict", "what happened", "detection_s", "lost", "duplicated", "took_s"]
+
+
+def load() -> list[Row]:
+    """All rows, in the order of the plan."""
+    for module in MODULES:
+        importlib.import_module(f"bench.{module}")
+    return sorted(ROWS, key=lambda row: (int("".join(filter(str.isdigit, row.name[1:]))), row.name))
+
+
+def run(row: Row, seed: int) -> dict[str, Any]:
+    """One line of the table. `holds` is None where the machine lacks what the fault needs."""
+    start = time.monotonic()
+    line: dict[str, Any] = {"row": row.name, "fault": row.fault, "seed": seed, "holds": True}
+    try:
+        verdict = row.check(seed)
+        counts = {"lost": verdict.lost, "duplicated": verdict.duplicated}
+        line |= {
+            "verdict": verdict.outcome,
+            "what happened": verdict.what,
+            "detection_s": verdict.detection_s,
+            **counts,
+        }
+        if verdict.lost or verdict.duplicated:
+            line |= {"verdict": "FAILED", "holds": False}
+    except NotHere as missing:
+        line |= {"verdict": "left out", "what happened": str(missing), "holds": None}
+    except Exception as error:  # a row that does not hold must not keep the others from running
+        line |= {"verdict": "FAILED", "what happened": f"{type(error).__name__}: {error}"[:600], "holds": False}
+    finally:
+        fault_runs.end_runs()
+    return line | {"took_s": time.monotonic() - start}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python -m bench.faults`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; F5 stands for F5b, F5c too")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random in a fault (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="only rows without whole runs")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    options = parser.parse_args(arguments)
+    rows = [row for row in load() if row.quick or not options.quick]
+    if options.only:
+        rows = [row for row in rows if row.name in options.only or row.name.rstrip("bcd") in options.only]
+        unknown = {name for name in options.only if not any(row.name.startswith(name) for row in rows)}
+        if unknown:
+            parser.error(f"no row {', '.join(sorted(unknown))}; see --list")
+    if options.list:
+        print(
+            table(
+                [{"row": row.name, "fault": row.fault, "quick": row.quick or None} for row in rows],
+                ["row", "fault", "quick"],
+            )
+        )
+        return 0
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        lines.append(run(row, options.seed))
+        print(
+            f"[{number}/{len(rows)}] {row.name} {lines[-1]['verdict']} ({lines[-1]['took_s']:.1f} s): {row.fault}",
+            flush=True,
+        )
+    record("faults", lines)
+    print("\n" + (markdown(lines) if options.markdown else table(lines, COLUMNS)))
+    for name, why in LEFT_OUT.items():
+        print(f"left out: {name}: {why}")
+    failed = [line["row"] for line in lines if line["holds"] is False]
+    print(
+        f"{len(lines) - len(failed)} of {len(lines)} rows hold; {sum(line['took_s'] for line in lines):.0f} s"
+        + (f"; FAILED: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """The table for a page."""
+    text = ["| " + " | ".join(COLUMNS[:-1]) + " |", "|---|---|---|---|---:|---:|---:|"]
+    for line in lines:
+        cells = [line.get(column) for column in COLUMNS[:-1]]
+        shown = ["" if cell is None else f"{cell:.2g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        text.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in shown) + " |")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
