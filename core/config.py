@@ -158,6 +158,7 @@ class Evaluation(Section, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(description="Nucleus of evaluation's sampling.", gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(description="Top-k of evaluation's sampling; 0 is off.", ge=0)] = 0
     k: Annotated[tuple[int, ...], Meta(description="The k of pass@k; each at most evaluation.samples.")] = (1, 2, 4, 8)
+    diversity_every: Annotated[int, Meta(description="Steps between measurements of the training rows' Self-BLEU, from step 1 on; 0 measures no diversity at all.", ge=0)] = 10
 
 
 class Checkpoint(Section, frozen=True, kw_only=True):

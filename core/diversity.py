@@ -1,9 +1,24 @@
 """How often some completion of a prompt is right, and how much they differ: pass@k and the paper's Table 3 metrics."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from math import comb
 from operator import index
+from typing import NamedTuple, TypeVar
+
+from core.math_answers import extract_answer
+
+T = TypeVar("T")
+
+
+class Sample(NamedTuple):
+    """One completion as the diversity metrics see it.
+
+    Example: Sample("9 - 5 = 4 , ...", token_ids=(11, 53))
+    """
+
+    text: str
+    token_ids: Sequence[int]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -53,6 +68,54 @@ def unique_answer_ratio(answers: Sequence[Hashable]) -> float:
     """Distinct answers / answers, above 0 and at most 1; no answer (None) is one answer. ValueError for none at all."""
     _refuse_fewer("unique_answer_ratio", answers, 1)
     return len(set(answers)) / len(answers)
+
+
+def group_diversity(
+    groups: Sequence[Sequence[Sample]],
+    *,
+    rows: int,
+    limit: int = 0,
+    self_bleu_limit: int | None = 0,
+    whole_texts: bool = False,
+) -> dict[str, float]:
+    """Means over groups (completions of one prompt) of `edit_diversity`, `unique_answer_ratio` and `self_bleu`.
+
+    Self-BLEU and the unique ratio depend on how many completions there are, so that exactly the first `rows` (at least
+    2) of each group are compared and smaller groups left out; {} where that leaves none. At most `limit` groups, evenly
+    spaced, of them at most `self_bleu_limit` for Self-BLEU; 0: all, None: no Self-BLEU. Edit diversity is over token
+    ids. An answer is the final answer that `extract_answer` finds (none is one answer), or the whole text with
+    `whole_texts`.
+    """
+    if rows < 2:
+        raise ValueError(f"rows = {rows}: diversity compares at least 2 completions of a prompt")
+    chosen = spread([group[:rows] for group in groups if len(group) >= rows], limit)
+    if not chosen:
+        return {}
+    answers = [[row.text if whole_texts else extract_answer(row.text) for row in group] for group in chosen]
+    found = {
+        "edit_diversity": _mean([edit_diversity([row.token_ids for row in group]) for group in chosen]),
+        "unique_answer_ratio": _mean([unique_answer_ratio(group) for group in answers]),
+    }
+    if self_bleu_limit is not None:
+        read = [[row.text for row in group] for group in spread(chosen, self_bleu_limit)]
+        found["self_bleu"] = _mean([self_bleu(texts) for texts in read])
+    return found
+
+
+def without_answers(texts: Iterable[str]) -> bool:
+    """True where no text has a final answer, as in the embedded task, so that whole texts are compared instead."""
+    return all(extract_answer(text) is None for text in texts)
+
+
+def spread(items: Sequence[T], limit: int) -> Sequence[T]:
+    """At most `limit` items, evenly spaced from the first one on; 0: all."""
+    if not limit or len(items) <= limit:
+        return items
+    return [items[place * len(items) // limit] for place in range(limit)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _refuse_fewer(name: str, values: Sequence[object], least: int) -> None:

@@ -15,16 +15,20 @@ from rollout.store import write_rollouts
 from trainer.console import Console
 from trainer.report import write_report
 from trainer.run_directory import write_atomic
-from trainer.step_metrics import group_metrics
+from trainer.step_metrics import diversity_metrics, group_metrics
 from trainer.timeline import PROCESS, Span, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
 
 
 class Recorder:
-    """Files of a run directory, and the console beside them. `resume_step` cuts back what a killed run wrote later."""
+    """Files of a run directory, and the console beside them. `resume_step` cuts back what a killed run wrote later.
 
-    def __init__(self, path: Path, console: Console, resume_step: int | None) -> None:
+    `diversity_every`: steps between measurements of Self-BLEU; 0 measures no diversity.
+    """
+
+    def __init__(self, path: Path, console: Console, resume_step: int | None, diversity_every: int) -> None:
         self.path, self.console = path, console
+        self._diversity_every = diversity_every
         self.log = RunLog(path, resume_step=resume_step)
         self.tracer = Tracer(path, resume=resume_step is not None)
         self._total_tokens = 0
@@ -46,10 +50,18 @@ class Recorder:
         self._total_tokens += tokens
         throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
         waited = wait_shares(groups, spans["wait"])
-        line = {"step": step, **group_metrics(groups, quota, step), **metrics, **waited, **throughput}
+        spread = self._diversity(step, groups)
+        line = {"step": step, **group_metrics(groups, quota, step), **spread, **metrics, **waited, **throughput}
         self.console.step(self.log.write(line))
         write_rollouts(self.path, step, groups)
         trace_step(self.tracer, step, groups, spans)
+
+    def _diversity(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
+        if not self._diversity_every:
+            return {}
+        began_s = time.monotonic()
+        found = diversity_metrics(groups, self_bleu=(step - 1) % self._diversity_every == 0)
+        return {**found, "time/diversity": time.monotonic() - began_s}
 
     def evaluation(self, step: int, rows: Sequence[Sequence[ScoredCompletion]], metrics: Mapping[str, float]) -> None:
         """Held-out completions after `step`, and what they measure."""

@@ -164,7 +164,8 @@ class Session:
             console.say(
                 f"continuing after step {step}" if checkpoint else "no checkpoint yet: starting again at step 1"
             )
-        self.recorder = Recorder(self.path, console, step if self.command.resume else None)
+        resumed, every = (step if self.command.resume else None), self.config.evaluation.diversity_every
+        self.recorder = Recorder(self.path, console, resumed, diversity_every=every)
         self._closing.callback(self.recorder.close)
         if self.command.replay is not None:
             return None

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from core.anneal import Quota
+from core.diversity import Sample, group_diversity, spread, without_answers
 from core.schema import Group, ScoredCompletion, Source
+
+# Self-BLEU takes about 4.5 µs × completions² × tokens per group, edit diversity 0.1 ns × tokens² per pair and more for
+# short ones: with these bounds, and Self-BLEU every tenth step, both are about 1 % of a run (docs/metrics.md).
+DIVERSITY_ROWS, DIVERSITY_GROUPS, SELF_BLEU_GROUPS = 4, 64, 16
 
 
 def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str, float]:
@@ -45,6 +50,28 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str,
             metrics[f"{source}/length"] = np.mean([len(row.completion.tokens) for row in own])
             metrics[f"{source}/truncated"] = truncated(own)
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+
+
+def diversity_metrics(groups: Sequence[Group], *, self_bleu: bool) -> dict[str, float]:
+    """How much the completions of a prompt differ, per source; nothing for a source with fewer than 4 a group.
+
+    `S/edit_diversity`, `S/unique_answer_ratio`, and `S/self_bleu` where asked for: means over evenly spaced groups,
+    each over the first 4 completions of the source, so that they compare across steps, quotas and sources.
+    """
+    groups = spread(groups, DIVERSITY_GROUPS)
+    whole = without_answers(row.text for group in groups for row in group.rows)
+    metrics: dict[str, float] = {}
+    for source in Source:
+        own = [[row for row in group.rows if row.completion.key.source is source][:DIVERSITY_ROWS] for group in groups]
+        samples = [[Sample(row.text, row.completion.tokens.tolist()) for row in rows] for rows in own]
+        found = group_diversity(
+            samples,
+            rows=DIVERSITY_ROWS,
+            self_bleu_limit=SELF_BLEU_GROUPS if self_bleu else None,
+            whole_texts=whole,
+        )
+        metrics |= {f"{source}/{name}": value for name, value in found.items()}
+    return metrics
 
 
 def staleness(row: ScoredCompletion, step: int) -> int:

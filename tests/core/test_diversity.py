@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.diversity import edit_diversity, pass_at_k, self_bleu, unique_answer_ratio
+from core.diversity import (
+    Sample,
+    edit_diversity,
+    group_diversity,
+    pass_at_k,
+    self_bleu,
+    spread,
+    unique_answer_ratio,
+    without_answers,
+)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +107,46 @@ def test_too_few_are_refused():
             measure(values)
     with pytest.raises(ValueError, match="in a list, got 'a text'"):
         self_bleu("a text")
+
+
+def samples(*texts):
+    return [Sample(text, text.split()) for text in texts]
+
+
+def test_diversity_of_groups_is_the_mean_of_each():
+    first, second = samples("a b c", "a b d", "x"), samples("a b c d e", "a b c d f")
+    found = group_diversity([first, second, samples("alone")], rows=2, whole_texts=True)
+    assert found == {
+        "edit_diversity": pytest.approx((1 / 3 + 1 / 5) / 2),
+        "unique_answer_ratio": 1.0,
+        "self_bleu": pytest.approx((self_bleu(["a b c", "a b d"]) + self_bleu(["a b c d e", "a b c d f"])) / 2),
+    }
+
+
+def test_answers_are_compared_rather_than_texts():
+    groups = [samples(r"so \boxed{2}", "Answer: 2", "none", "cut short")]
+    assert group_diversity(groups, rows=4)["unique_answer_ratio"] == 0.5
+    assert group_diversity(groups, rows=4, whole_texts=True)["unique_answer_ratio"] == 1.0
+
+
+def test_groups_beyond_the_limit_are_left_out_evenly():
+    same, other = samples("a b", "a b"), samples("a b", "c d")
+    groups = [same, other, same, other, same, other]
+    assert spread(list(range(6)), 3) == [0, 2, 4]
+    assert spread(list(range(6)), 4) == [0, 1, 3, 4]
+    assert spread([1, 2], 4) == [1, 2]
+    found = group_diversity(groups, rows=2, limit=3, self_bleu_limit=None)
+    assert found == {"edit_diversity": 0.0, "unique_answer_ratio": 0.5}
+    found = group_diversity(groups, rows=2, self_bleu_limit=3, whole_texts=True)
+    assert (found["edit_diversity"], found["self_bleu"]) == (pytest.approx(0.5), pytest.approx(1.0))
+
+
+def test_too_few_completions_have_no_diversity():
+    assert group_diversity([samples("a b")], rows=2) == {}
+    with pytest.raises(ValueError, match="rows = 1"):
+        group_diversity([samples("a b")], rows=1)
+
+
+def test_a_task_without_final_answers_is_noticed():
+    assert without_answers(["3 + 4 = 7", "so 7"])
+    assert not without_answers(["3 + 4 = 7", r"so \boxed{7}"])
