@@ -177,7 +177,7 @@ class Courier:
             beat = Heartbeat(
                 beat=self._beat, progress=self._progress, doing=doing, produced=self._outbox.produced,
                 unacknowledged=len(self._outbox), leases=tuple({*self._inbox.leases, *self._outbox.leases}),
-                version=self._inbox.version,
+                version=self._inbox.version, loaded=self._inbox.loaded,
             )  # fmt: skip
             if self._hello is None:
                 return [beat]

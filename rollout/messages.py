@@ -163,6 +163,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     unacknowledged: Count
     leases: Annotated[tuple[Name, ...], Meta(max_length=4096)]  # queued, in work, or unacknowledged in part
     version: Count  # newest weights it was told of
+    loaded: Count = 0  # weights that its engine has
 
 
 class Leave(Message, frozen=True, kw_only=True):

@@ -67,6 +67,7 @@ class Peer:
     rejected: Counter[str] = field(default_factory=Counter)
     next_role: Source | None = None  # handed over: the role in which its process joins again
     weights_beat: int = 0  # its beat when weights were last sent to it
+    loaded: int = 0  # weights version of its engine, by its last heartbeat
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class Peer:
             )
         self.beat = max(self.beat, beat.beat)
         self.produced = max(self.produced, beat.produced)
-        self.doing = beat.doing
+        self.doing, self.loaded = beat.doing, beat.loaded
         if beat.progress != self.progress:
             self.progress, self.progress_s = beat.progress, now
         return ""

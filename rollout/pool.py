@@ -25,7 +25,7 @@ from rollout.leases import LeaseBook
 from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
 from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
-from rollout.status import counters, hopeless, waiting_line
+from rollout.status import counters, held_weights, hopeless, waiting_line
 from rollout.stragglers import Stragglers
 from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
@@ -133,6 +133,10 @@ class WorkerPool:
     def counters(self) -> dict[str, Any]:
         """Counts since the start: by source (promise 1), by worker, and of faults."""
         return self._errands.ask(self._count, timeout_s=_ANSWER_S)
+
+    def held_weights(self) -> dict[str, int]:
+        """Weights version of each learner worker, as last heard."""
+        return self._errands.ask(lambda: held_weights(self._roster), timeout_s=_ANSWER_S)
 
     def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:
         """`look(counters()["sources"])` on the pool's thread, so that no completion arrives meanwhile. Hold no lock."""

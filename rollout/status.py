@@ -62,6 +62,7 @@ def counters(roster: Roster, children: Children, sockets: Mapping[str, int]) -> 
                 "state": peer.state.value,
                 "why": peer.why,
                 "doing": peer.doing,
+                "weights": peer.loaded,
                 "produced": peer.produced,
                 "received": peer.window.total,
                 "accepted": dict(peer.accepted),
@@ -74,6 +75,15 @@ def counters(roster: Roster, children: Children, sockets: Mapping[str, int]) -> 
         "bad_frames": dict(roster.bad_frames),
         "sockets": dict(sockets),
         "problems": dict(roster.problems),
+    }
+
+
+def held_weights(roster: Roster) -> dict[str, int]:
+    """Weights version that each learner worker's engine had at its last heartbeat."""
+    return {
+        peer.name: peer.loaded
+        for peer in roster.peers.values()
+        if peer.role == Source.LEARNER and peer.state == State.READY
     }
 
 

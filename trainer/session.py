@@ -1,6 +1,7 @@
 """One run, set up and torn down: directory, models, data, learner, workers; and what is due after each step."""
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from core.schema import Group
 from rollout.mixer import Starved
 from rollout.pool import WorkersLost
 from rollout.store import write_rollouts
+from trainer.alarm import GapAlarm, weight_metrics
 from trainer.batch import StepBatch, pack_step
 from trainer.checkpoint import newest_checkpoint
 from trainer.console import Console
@@ -100,7 +102,7 @@ class Session:
     def finish(self, step: int, groups: Sequence[Group], metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
-            quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics()
+            quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics() | self._watch(metrics)
             self.recorder.step(step, groups, quota, metrics, self.stream.stages.take(metrics["time/score"]))
         if self._evaluation_due(step):
             self._evaluate(step)
@@ -125,6 +127,7 @@ class Session:
         self.world.barrier("the run directory")
         history = read_metrics(self.path) if self.command.resume else ()
         console = self._closing.enter_context(Console(config, history=history))
+        self.alarm = GapAlarm(config, history)
         for line in explain(config):
             console.say(line)
         found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
@@ -147,6 +150,18 @@ class Session:
         )
         self._closing.enter_context(SIGNALS.between_steps_only())
         self.stream.publish(self.learner)
+
+    def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Rank 0: which weights the workers have, and whether their log-probs are the learner's."""
+        assert self.recorder is not None
+        held = {} if self.stream.rollouts is None else self.stream.rollouts.held_weights()
+        if held:
+            versions = {f"of {worker}": version for worker, version in held.items()}
+            self.recorder.tracer.counter("weights", time.monotonic(), **versions)
+        found = self.alarm.check(self.learner.step, metrics)
+        if self.alarm.text:
+            self.recorder.console.warn(self.alarm.text)
+        return found | weight_metrics(held)
 
     def _memory(self) -> list[str]:
         placement, materials = self.devices.placement, self.materials

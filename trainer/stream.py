@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ class Rollouts:
             **{name: float(value) for name, value in self.ledger.totals().items()},
             **({} if self.reuse is None else self.reuse.metrics()),
         }
+
+    def held_weights(self) -> dict[str, int]:
+        """Weights version that each ready learner worker has, by its name; none where the pool is too busy to say."""
+        with suppress(TimeoutError):
+            return {name.rpartition(".")[0]: version for name, version in self.pool.held_weights().items()}
+        return {}
 
     def close(self) -> None:
         """Stop workers and scorers."""
