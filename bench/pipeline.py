@@ -1,6 +1,7 @@
-"""What bounds a step, and what the stream carries: `python -m bench.pipeline [fakes|wire|real …]`.
+"""What bounds a step, and what the stream carries: `python -m bench.pipeline [fakes|roles|wire|real …]`.
 
 fakes   stages of known length (log-normal completions): step time over the slowest stage, by lookahead
+roles   an annealed run of the same stages whose explorer stays idle in the end, or is handed over
 wire    completions of 512 tokens a second over loopback, with and without CURVE, and memory
 real    the embedded family, generation and training in processes of their own, lookahead 1 against 0
 
@@ -20,7 +21,7 @@ from bench import pipeline_fakes, pipeline_wire
 from bench.measure import record, table
 from core.metrics import is_evaluation, read_metrics
 
-PARTS = ("fakes", "wire", "real")
+PARTS = ("fakes", "roles", "wire", "real")
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_STEPS = 3
 
@@ -37,6 +38,14 @@ def fakes(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def roles(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same number of workers, dedicated and handed over."""
+    return [
+        pipeline_fakes.measure_roles("dedicated", steps=options.steps, train_s=options.train_s),
+        pipeline_fakes.measure_roles("handover", steps=options.steps, train_s=options.train_s),
+    ]
+
+
 def wire(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Without and with CURVE."""
     return [
@@ -48,13 +57,13 @@ def wire(options: argparse.Namespace) -> list[dict[str, Any]]:
 def real(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The embedded run, lookahead 0 and 1 in turn; medians over the steps after the first ones."""
     rows = []
-    for seed in range(options.rounds):
+    for number in range(options.rounds):
         for lookahead in (0, 1):
-            rows.append(_real(lookahead, seed, options.real_steps))
+            rows.append(_real(lookahead, number, options.real_steps))
     return rows
 
 
-def _real(lookahead: int, seed: int, steps: int) -> dict[str, Any]:
+def _real(lookahead: int, number: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
         words = [f"run.dir={folder}/run", f"algorithm.lookahead={lookahead}", f"algorithm.steps={steps}"]
         words += [f"algorithm.anneal_steps={steps // 4}", f"checkpoint.every={steps}", "data.eval="]
@@ -64,7 +73,7 @@ def _real(lookahead: int, seed: int, steps: int) -> dict[str, Any]:
         lines = [line for line in read_metrics(Path(folder) / "run") if not is_evaluation(line)]
     steady, last = lines[WARM_STEPS:], lines[-max(steps // 5, 1) :]
     return {
-        "case": "real", "lookahead": lookahead, "seed": seed, "steps": steps,
+        "case": "real", "lookahead": lookahead, "round": number, "steps": steps,
         "step_s": statistics.median(line["step_time"] for line in steady),
         "wait_s": statistics.median(line["time/wait_for_batch"] for line in steady),
         "tokens_per_s": statistics.median(line["tokens_per_second"] for line in steady),
@@ -82,11 +91,11 @@ def main() -> None:
     add("--train-s", type=float, default=0.4, help="seconds of training (fakes)")
     add("--workers", type=int, default=1, help="explorer processes (wire)")
     add("--seconds", type=float, default=60.0, help="longest measurement (wire)")
-    add("--rounds", type=int, default=3, help="seeds (real)")
+    add("--rounds", type=int, default=3, help="repetitions (real)")
     add("--real-steps", type=int, default=20)
     options = parser.parse_args()
     for part in options.parts:
-        rows = {"fakes": fakes, "wire": wire, "real": real}[part](options)
+        rows = {"fakes": fakes, "roles": roles, "wire": wire, "real": real}[part](options)
         print(table(rows, list(rows[0])), flush=True)
         print(f"recorded in {record('pipeline', rows)}", flush=True)
 

@@ -5,8 +5,9 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.fault_parts import make_model
 from bench.sleeping_engine import MEDIAN, VOCAB
@@ -51,6 +52,29 @@ def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict
     }  # fmt: skip
 
 
+def measure_roles(roles: Literal["dedicated", "handover"], *, steps: int, train_s: float) -> dict[str, Any]:
+    """Seconds of an annealed run, generation-bound by the learner's one worker, with one explorer beside it."""
+    os.environ["SLEEP_TOKEN_S"] = str(2 * train_s / LEASES / (LONGEST * MEDIAN))
+    with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
+        config = Config(
+            run=Run(dir=f"{folder}/run"),
+            algorithm=Algorithm(
+                steps=steps, group_size=8, anneal_steps=steps // 2, prompts_per_step=4 * LEASES, mini_batch_prompts=4,
+                lookahead=1,
+            ),
+            rollout=Rollout(lease_prompts=4, max_response_tokens=16 * MEDIAN, roles=roles),
+            stream=Stream(credit=256),
+            reward=Reward(function="bench.sleeping_engine:reward"),
+        )  # fmt: skip
+        ends, _, _ = _run(config, Path(folder), train_s)
+    last = ends[steps // 2 :]
+    return {
+        "case": "roles", "roles": roles, "steps": steps, "run_s": ends[-1] - ends[0],
+        "step_s_after_annealing": statistics.mean(b - a for a, b in pairwise(last)),
+        "loadavg": os.getloadavg()[0],
+    }  # fmt: skip
+
+
 def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], float, float]:
     """When each step ended, and the mean seconds of generation and of training in the steady ones."""
     model = make_model(folder / "model")
@@ -65,7 +89,8 @@ def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], flo
 
     pool = WorkerPool(
         config, run_id="bench", incarnation=1, on_completion=receive,
-        terms={Source.LEARNER: RoleTerms(model, fingerprints(model, weights=False), VOCAB)},
+        terms={source: RoleTerms(model, fingerprints(model, weights=source is Source.EXPLORER), VOCAB)
+               for source in Source},
         worker_arguments=("--engine", "bench.sleeping_engine:sleeping"),
     )  # fmt: skip
     mixers.append(Mixer(config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None))
@@ -74,11 +99,15 @@ def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], flo
     ends, generated, trained = [], [], []
     with pool:
         pool.spawn(Source.LEARNER, 0)
+        if demand.last_explorer_step:
+            pool.spawn(Source.EXPLORER, 0)
         pool.publish_weights(0, weights, sha256)
         for step in range(1, config.algorithm.steps + 1):
             for ahead in range(step, min(step + config.algorithm.lookahead, config.algorithm.steps) + 1):
                 mixers[0].request(ahead)
             generated.append(_busy_s(mixers[0].collect(step)))
+            if config.rollout.roles == "handover" and mixers[0].explorer_is_done(step):
+                pool.hand_over()
             start_s = time.monotonic()
             time.sleep(train_s)
             trained.append(time.monotonic() - start_s)
