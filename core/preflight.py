@@ -46,6 +46,8 @@ def preflight(
         role: engine_need(config, shape, samples=max(most, samples if role == "learner" else 0))
         for role, (shape, most) in roles.items()
     }
+    if config.rollout.roles == "handover" and "explorer" in needs:  # its processes become the learner's later on
+        needs["explorer"] = EngineNeed(*map(max, needs["explorer"], needs["learner"]))
     lines = [f"memory of a trainer rank: {_sum(trainer)}"]
     if host := host_bytes(config, learner, ranks):
         lines.append(f"host memory of a trainer rank: {_gib(host)} of offloaded states")

@@ -20,7 +20,8 @@ CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "loc
 FREE_KEYS = (
     "run.dir", "run.threads", "run.device", "algorithm.steps", "learner.max_nonfinite_updates", "explorer.processes",
     "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight", "stream.",
-    "reward.workers", "reward.timeout_s", "evaluation.", "checkpoint.",
+    "rollout.memory_share", "rollout.max_logprob_gap", "placement.", "reward.workers", "reward.timeout_s",
+    "evaluation.", "checkpoint.",
 )  # fmt: skip
 
 

@@ -135,6 +135,17 @@ def test_a_share_too_small_for_the_model_is_refused() -> None:
     assert "rollout.tensor_parallel" in line
 
 
+def test_an_explorer_that_is_handed_over_must_hold_the_learner_too() -> None:
+    words = ("learner.backend=deepspeed", "learner.zero_stage=3", "rollout.memory_share=0.2", "explorer.processes=1")
+    for roles, refused in (("dedicated", ["GPU 4"]), ("handover", ["GPU 4", "GPU 5"])):
+        chosen = config(*words, f"rollout.roles={roles}")
+        with pytest.raises(ConfigError) as raised:
+            preflight(
+                chosen, place(chosen, 8, ranks=4), [80 * GIB] * 8, learner=LARGE, explorer=SMALL, ranks=4, vllm=True
+            )
+        assert [line.partition(":")[0] for line in str(raised.value).splitlines()] == refused
+
+
 def test_on_cpu_it_only_tells() -> None:
     lines = preflight(config(), Placement(), [], learner=LARGE, explorer=None, ranks=1, vllm=False)
     assert len(lines) == 2
