@@ -117,17 +117,15 @@ def _rows(file: Path, place: Path) -> Iterator[tuple[str, tuple[Any, ...], int, 
     # Files of an evaluation are benchmarks of one model; those of a run or a store are parts of one whole.
     label = f"{file.stem}: " if "step" not in names and "number" not in names else ""
     for index, row in enumerate(table.to_pylist()):
-        ids = row.get("token_ids")
-        text = row["text"] if "text" in row else " ".join(map(str, ids))  # a store keeps token ids only
-        reward = row.get("reward")
+        text, reward = row.get("text"), row.get("reward")
+        ids = row["token_ids"] if "token_ids" in row else [ord(letter) for letter in text]
+        # A store keeps token ids only: they are the words of its completions.
+        sample = Sample(" ".join(map(str, ids)) if text is None else text, ids)
         yield (
             f"{label}{row.get('source', place.resolve().name)}",
             (row.get("step", 0), row["prompt_uid"]),
             row.get("sample", row.get("number", index)),
-            Row(
-                Sample(text, [ord(letter) for letter in text] if ids is None else ids),
-                None if reward is None else reward > CORRECT_ABOVE,
-            ),
+            Row(sample, None if reward is None else reward > CORRECT_ABOVE),
         )
 
 
