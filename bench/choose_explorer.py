@@ -85,7 +85,7 @@ def compare(options: argparse.Namespace) -> None:
         far = off_policyness(learner_dir, prompts, drawn.rows, device=options.device, dtype=options.dtype)
         candidates[name] = _row(name, drawn, own, options) | far | _gains(drawn, own, options)
     rows = [learner, *candidates.values()]
-    print(table(rows, ["model", *(f"pass@{k}" for k in _ks(options)), "crosses_at", "all_fail"]))
+    print(table(rows, ["model", *(f"pass@{k}" for k in _ks(options)), "crosses_at", "surely_at", "all_fail"]))
     print(table(rows, ["model", "self_bleu", "edit_diversity", "unique_answer_ratio", "length"]))
     print(table(rows, ["model", "seconds_per_completion", "cost_ratio", "ess", "kl_k1", "kl_k3"]))
     print(table(rows, ["model", "mixed_share", "mixed_gain", "rescue_gain"]))
@@ -153,6 +153,7 @@ def _gains(drawn: Drawn, own: Drawn, options: argparse.Namespace) -> dict[str, A
     return {
         **{f"pass@{k}_difference": pass_difference(counts, k) for k in _ks(options)},
         "crosses_at": crossover(counts, _ks(options)),
+        "surely_at": crossover(counts, _ks(options), surely=True),
         "mixed_share": mixed_share(counts, size // 2, size),
         "mixed_gain": mixed_gain(counts, size),
         "rescue_gain": rescue_gain(counts, size, options.rescue_quota),

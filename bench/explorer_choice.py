@@ -93,11 +93,12 @@ def fail_share(n: int, right: Sequence[int], group_size: int) -> float:
     return float(np.mean([_chance(n, n - count, group_size) for count in right]))
 
 
-def crossover(counts: Counts, ks: Sequence[int]) -> int | None:
-    """The smallest k from which on the candidate's pass@k is at least the learner's at every larger one."""
+def crossover(counts: Counts, ks: Sequence[int], *, surely: bool = False) -> int | None:
+    """The smallest k from which on the candidate's pass@k is at least the learner's; `surely`: beyond the noise."""
     found = None
     for k in sorted(ks, reverse=True):
-        if pass_difference(counts, k).mean < 0:
+        ahead = pass_difference(counts, k)
+        if (ahead.low if surely else ahead.mean) < 0:
             break
         found = k
     return found

@@ -58,6 +58,8 @@ def test_curves_cross_where_the_candidate_stays_ahead() -> None:
     assert pass_difference(counts, 1).mean == pytest.approx(3 / 8 - 1 / 2)
     assert pass_difference(counts, 8).mean == pytest.approx(1 / 2)
     assert crossover(counts, [1, 2, 4, 8]) == 2
+    assert crossover(counts, [1, 2, 4, 8], surely=True) is None  # four prompts are few
+    assert crossover(Counts(8, [8, 0] * 10, [3, 3] * 10), [1, 2, 4, 8], surely=True) == 4
     assert crossover(Counts(8, [8], [1]), [1, 2, 4]) is None
     assert fail_share(8, [8, 8, 0, 0], 4) == 0.5
 
