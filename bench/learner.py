@@ -94,7 +94,8 @@ def make_config(case: dict[str, Any], shape: str) -> Config:
     """Explorer rows with the sampler as anchor and no KL: an update needs no other forward pass."""
     longest, cuda = SHAPES[shape][-1], torch.cuda.is_available()
     settings = LearnerSettings(
-        backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0), learning_rate=1e-6, warmup_updates=0,
+        backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0),
+        learning_rate=1e-6, warmup_updates=0,
         dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
         micro_batch_tokens=4 * longest if case.get("packed") else 0,
     )  # fmt: skip
