@@ -118,18 +118,18 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     """μ of truncated sampling is normalised over the kept tokens: a ratio to a full-vocabulary log-prob is void."""
-    for name, section, correction in (
-        ("explorer", config.explorer, config.correction.explorer),
-        ("rollout", config.rollout, config.correction.learner),
-    ):
-        source = "explorer" if name == "explorer" else "learner"
-        used = source == "learner" or explorer_needed(config)
+    explorer, learner = config.correction.explorer, config.correction.learner
+    readers = [("explorer", "explorer", explorer), ("rollout", "learner", learner)]
+    if learner.weight == "mixture":  # divides by π_ω on learner rows too
+        readers.append(("explorer", "learner", learner))
+    for name, source, correction in readers:
+        section = config.explorer if name == "explorer" else config.rollout
+        used = name == "rollout" or explorer_needed(config)
         if used and (section.top_p < 1 or section.top_k > 0) and needs_sampler_logprobs(correction):
             yield (
-                f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k} truncate the sampling, but "
-                f'correction.{source} (anchor "{correction.anchor}", weight "{correction.weight}") divides by the '
-                f"sampler's log-probs: use {name}.top_p=1 {name}.top_k=0, or "
-                f"correction.{source}.anchor=learner correction.{source}.weight=none"
+                f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k} truncate the sampling, but correction."
+                f'{source} (anchor "{correction.anchor}", weight "{correction.weight}") divides by its log-probs: use '
+                f"{name}.top_p=1 {name}.top_k=0, or correction.{source}.anchor=learner correction.{source}.weight=none"
             )
 
 

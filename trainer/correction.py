@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.config import Config, Correction, SourceCorrection
-from core.configcheck import explorer_needed, needs_sampler_logprobs
+from core.config import Correction, SourceCorrection
 from core.schema import Source
 
 MAX_LOG_RATIO = 20.0
@@ -55,30 +54,6 @@ def needs_old(settings: SourceCorrection) -> bool:
 def needs_explorer_scores(correction: Correction) -> bool:
     """True where learner rows need the explorer's log-probs, and so the explorer's weights on the trainer."""
     return correction.learner.weight == "mixture"
-
-
-def check_ratio_kinds(config: Config) -> None:
-    """Raise ValueError where a configured ratio would divide by log-probs renormalised over a truncated support."""
-    rows = (
-        ("explorer", config.explorer.top_p, config.explorer.top_k, explorer_needed(config)),
-        ("rollout", config.rollout.top_p, config.rollout.top_k, True),
-    )
-    for section, top_p, top_k, is_used in rows:
-        source = "explorer" if section == "explorer" else "learner"
-        settings: SourceCorrection = getattr(config.correction, source)
-        scored_by_explorer = section == "explorer" and needs_explorer_scores(config.correction)
-        if not is_used or (top_p == 1 and top_k == 0) or not (needs_sampler_logprobs(settings) or scored_by_explorer):
-            continue
-        cut = f"{section}.top_p = {top_p}" if top_p != 1 else f"{section}.top_k = {top_k}"
-        used_by = f'correction.{source}.anchor = "{settings.anchor}", correction.{source}.weight = "{settings.weight}"'
-        if scored_by_explorer and not needs_sampler_logprobs(settings):
-            used_by = 'correction.learner.weight = "mixture"'
-        raise ValueError(
-            f"{cut} renormalises the sampler's log-probs over the kept tokens, and {used_by} divides by them; "
-            f"set {section}.top_p = 1 and {section}.top_k = 0, or a correction that needs no sampler log-prob: "
-            f'correction.{source}.anchor = "learner" with weight = "none" or "luffy"'
-            + (" (and no mixture on learner rows)" if scored_by_explorer else "")
-        )
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from core.schema import Source
 from rollout.store import rollout_file
 from trainer.backend import make_backend, read_model
 from trainer.batch import MiniBatch, StepBatch
-from trainer.correction import check_ratio_kinds, correction_of, needs_explorer_scores, needs_old
+from trainer.correction import correction_of, needs_explorer_scores, needs_old
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
 from trainer.micro_batch import MicroBatch
 from trainer.models import (
@@ -83,7 +83,6 @@ class Learner:
         The reference of the KL penalty is always the model it started from. `explorer_dir` is read only where a
         correction scores π_ω. ValueError for missing directories, weights that do not fit, or ranks that differ.
         """
-        check_ratio_kinds(config)
         torch.manual_seed(config.run.seed)
 
         model = read_model(checkpoint or model_dir, config.learner, world, "learner.model")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from core.config import SourceCorrection
+from core.configcheck import check_config
 from trainer.correction import (
     LUFFY_GAMMA,
     Evidence,
-    check_ratio_kinds,
     correction_weight,
     needs_explorer_scores,
     needs_old,
@@ -137,7 +137,7 @@ RECOMPUTED = {"correction.explorer.anchor": "learner", "correction.learner.weigh
 )
 def test_a_ratio_to_truncated_log_probs_is_refused_by_key(tiny_config, overrides, names):
     with pytest.raises(ValueError) as caught:
-        check_ratio_kinds(tiny_config(overrides))
+        check_config(tiny_config(overrides))
     assert all(name in str(caught.value) for name in names)
 
 
@@ -154,5 +154,5 @@ def test_a_ratio_to_truncated_log_probs_is_refused_by_key(tiny_config, overrides
 )
 def test_ratios_of_one_kind_pass(tiny_config, overrides):
     config = tiny_config(overrides)
-    check_ratio_kinds(config)
+    check_config(config)
     assert needs_old(config.correction.learner)
