@@ -26,7 +26,7 @@ def load() -> list[Row]:
     """All rows, in the order of the plan."""
     for module in MODULES:
         importlib.import_module(f"bench.{module}")
-    return sorted(ROWS, key=lambda row: (int("".join(filter(str.isdigit, row.name[1:]))), row.name))
+    return sorted(ROWS, key=lambda row: (int("".join(filter(str.isdigit, row.name)) or 99), row.name))
 
 
 def run(row: Row, seed: int) -> dict[str, Any]:
