@@ -1,0 +1,82 @@
+"""The fault table: quick rows hold, rows that do not hold are seen, and the command says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import fault_rows, faults, measure
+from bench.fault_rows import NotHere, Row, Verdict
+
+# The rest of the quick rows are the stream's own tests with other names (tests/rollout).
+QUICK = ["F1", "F3", "F4", "F11", "F12", "F13", "F15", "F25", "F26c", "F27", "F28", "F35"]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(faults, "record", lambda name, rows: measure.record(name, rows, tmp_path))
+    return tmp_path / "faults.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_rows_hold(name: str) -> None:
+    (row,) = [row for row in faults.load() if row.name == name]
+    assert row.quick
+    line = faults.run(row, seed=1)
+    assert line["holds"], line
+    assert (line["lost"], line["duplicated"]) == (0, 0)
+
+
+def test_every_fault_of_the_plan_has_a_row() -> None:
+    names = {row.name for row in faults.load()} | set(fault_rows.LEFT_OUT)
+    missing = [number for number in range(1, 38) if not any(name.rstrip("bcd") == f"F{number}" for name in names)]
+    assert missing == [17]  # NaN and phantom ids: F13c and F25b
+    assert len({row.name for row in faults.load()}) == len(faults.load())
+
+
+def holding(seed: int) -> Verdict:
+    return Verdict("tolerated", f"seed {seed}", 0.5)
+
+
+def losing(seed: int) -> Verdict:
+    return Verdict("tolerated", "one is gone", None, lost=1)
+
+
+def wrong(seed: int) -> Verdict:
+    raise AssertionError("exit code 0, expected 1")
+
+
+def absent(seed: int) -> Verdict:
+    raise NotHere("no such tool")
+
+
+@pytest.mark.parametrize(
+    ("checks", "code"),
+    [([holding], 0), ([holding, absent], 0), ([holding, losing], 1), ([wrong, holding], 1)],
+)
+def test_the_exit_code_is_0_only_if_every_row_holds(
+    checks: list, code: int, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row(f"F{number}", check.__name__, True, check) for number, check in enumerate(checks, start=1)]
+    monkeypatch.setattr(faults, "load", lambda: rows)
+    assert faults.main(["--seed", "3"]) == code
+    said = capsys.readouterr().out
+    assert ("FAILED" in said) == (code == 1)
+    assert "left out: F24b" in said
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["row"] for line in lines] == [row.name for row in rows]
+    assert {line["seed"] for line in lines} == {3}
+
+
+def test_rows_are_chosen_by_name_with_their_variants(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row(name, "x", name != "F5", holding) for name in ("F5", "F5b", "F50")]
+    monkeypatch.setattr(faults, "load", lambda: rows)
+    assert faults.main(["--only", "F5", "--markdown"]) == 0
+    assert "| F5b | x | tolerated | seed 0 | 0.5 | 0 | 0 |" in capsys.readouterr().out
+    assert faults.main(["--quick", "--list"]) == 0
+    assert "F50" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        faults.main(["--only", "F9"])
