@@ -1,11 +1,6 @@
-"""Cases for the kernels. Triton runs in its interpreter here, which must be chosen before a kernel is decorated."""
+"""Cases for the kernels. Triton runs in its interpreter here (tests/conftest.py)."""
 
-import os
 from types import SimpleNamespace
-
-# Set while pytest collects, before any module with a kernel is imported; ahead-of-time compilation runs in processes
-# of its own, with this removed.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
