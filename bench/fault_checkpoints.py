@@ -87,7 +87,7 @@ def disk_full(seed: int) -> Verdict:
     run.start(**{CRASH_AT: "start"})
     run.finish(-signal.SIGKILL)
     folder = run.dir / "checkpoints"
-    small = f'mount -t tmpfs -o size=100k tmpfs "{folder}" && exec "$@"'
+    small = f'mount -t tmpfs -o size=100k,mode=755 tmpfs "{folder}" && exec "$@"'
     run.start("--resume", prefix=["unshare", "-rm", "sh", "-c", small, "sh"])
     assert run.process is not None
     run.wait_for("it is said", lambda: run.text().count("NO CHECKPOINT of step") >= 3)

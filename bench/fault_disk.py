@@ -5,7 +5,7 @@ import socket
 import time
 
 from bench.fault_rows import Verdict, row
-from bench.fault_runs import Run, reference
+from bench.fault_runs import Run, reference, scratch
 
 
 @row("F29", "two runs in one directory; a directory that holds a run; one that holds other files")
@@ -25,13 +25,13 @@ def directories(seed: int) -> Verdict:
     return Verdict("refused", "exit code 2; the holder's pid, and --resume or --clean, are named", seconds)
 
 
-@row("F30", "resume with another group size; with other stream settings")
+@row("F30", "resume with another group size")
 def changed(seed: int) -> Verdict:
-    run = Run("changed", algorithm__group_size=2)
+    run = Run("changed", algorithm__group_size=8)
     shutil.copytree(reference().dir, run.dir)
     run.start("--resume")
     seconds = run.finish(2)
-    assert "algorithm.group_size: 4 → 2" in run.text(), run.tail()
+    assert "algorithm.group_size: 4 → 8" in run.text(), run.tail()
     return Verdict("refused", "a table of differences, exit code 2", seconds)
 
 
@@ -46,10 +46,15 @@ def port_in_use(seed: int) -> Verdict:
     return Verdict("refused", "the key, the address and the remedy are named", seconds)
 
 
-@row("F33", "no explorer ever comes (explorer.processes=0, nobody by hand)")
+@row("F33", "no explorer can ever come; none comes")
 def starved(seed: int) -> Verdict:
     limit = 4.0
-    run = Run("starved", explorer__processes=0, stream__starvation_s=limit)
+    hopeless = Run("hopeless", explorer__processes=0)
+    hopeless.start()
+    hopeless.finish(2)
+    assert "no explorer could find this run" in hopeless.text(), hopeless.tail()
+    endpoint = f"ipc://{scratch()}/hub"
+    run = Run("starved", explorer__processes=0, stream__starvation_s=limit, stream__endpoint=endpoint)
     run.start()
     run.wait_for("it waits", lambda: (run.dir / "endpoint").exists())
     start = time.monotonic()
@@ -58,4 +63,8 @@ def starved(seed: int) -> Verdict:
     assert "stream.starvation_s) for 16 completions of step 1" in run.text(), run.tail()
     assert "none has joined yet" in run.text(), run.tail()
     assert "most recent call first" in run.text(), "no stacks were shown"
-    return Verdict("stopped", "names the step, the count, that no explorer joined; stacks of all processes", seconds)
+    return Verdict(
+        "stopped",
+        "the first is refused by its settings; the second names step, count, and that none joined; stacks shown",
+        seconds,
+    )
