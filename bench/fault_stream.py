@@ -55,12 +55,12 @@ class PoolOfQuickWorkers:
 
     def spawn(self, count: int, **environment: str) -> None:
         """Start workers with an environment, and wait until they are ready."""
-        before, first = len(self.ready()), self._spawned
-        self._spawned += count
+        names = [f"explorer-{self._spawned + number}." for number in range(count)]
         with environment_of(**environment):
-            for index in range(first, first + count):
-                self.pool.spawn(Source.EXPLORER, index)
-            eventually(lambda: len(self.ready()) == before + count, "workers are ready")
+            for number in range(count):
+                self.pool.spawn(Source.EXPLORER, self._spawned + number)
+            eventually(lambda: all(any(known.startswith(name) for known in self.ready()) for name in names), "ready")
+        self._spawned += count
 
     def ready(self) -> dict[str, dict[str, Any]]:
         """Workers that take leases."""
