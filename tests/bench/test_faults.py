@@ -24,7 +24,7 @@ def test_quick_rows_hold(name: str) -> None:
     (row,) = [row for row in faults.load() if row.name == name]
     assert row.quick
     line = faults.run(row, seed=1)
-    assert line["holds"], line
+    assert line["holds"], f"{line['verdict']}: {line['what happened']}"
     assert (line["lost"], line["duplicated"]) == (0, 0)
 
 
