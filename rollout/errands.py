@@ -28,10 +28,13 @@ class Errands:
 
     def ask(self, question: Callable[[], T], *, timeout_s: float) -> T:
         """Any thread: wait for the answer. TimeoutError if the owner is busy; once it has ended, the caller answers."""
+        answer = self.send(question)
         try:
-            return self.send(question).result(timeout=timeout_s)
+            return answer.result(timeout=timeout_s)
         except CancelledError:
             return question()
+        except TimeoutError:
+            raise TimeoutError(f"the thread that was asked has been busy for more than {timeout_s:g} s") from None
 
     def run(self) -> None:
         """The owner's thread: do all that is asked. An error goes to both sides."""

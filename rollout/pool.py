@@ -30,7 +30,8 @@ from rollout.stragglers import Stragglers
 from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
 
-_ANSWER_S = 5.0  # how long a question to the pool's thread may take
+_ANSWER_S = 5.0  # how long a question to the pool's thread may take where the caller can go on without an answer
+_STUCK_S = 120.0  # where it cannot: a disk or a machine that stalls for a while must not end the run
 _LEAVE_S, _GRACE_S = 1.0, 1.2  # for Leave; then for each of exit, SIGTERM and SIGKILL: together below five seconds
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class WorkerPool:
 
     def counters(self) -> dict[str, Any]:
         """Counts since the start: by source (promise 1), by worker, and of faults."""
-        return self._errands.ask(self._count, timeout_s=_ANSWER_S)
+        return self._errands.ask(self._count, timeout_s=_STUCK_S)
 
     def held_weights(self) -> dict[str, int]:
         """Weights version of each learner worker, as last heard."""
@@ -140,7 +141,7 @@ class WorkerPool:
 
     def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:
         """`look(counters()["sources"])` on the pool's thread, so that no completion arrives meanwhile. Hold no lock."""
-        return self._errands.ask(lambda: look(self._count()["sources"]), timeout_s=_ANSWER_S)
+        return self._errands.ask(lambda: look(self._count()["sources"]), timeout_s=_STUCK_S)
 
     def check(self) -> None:
         """Raise WorkersLost where work is left that no worker can do, or the pool's own error."""
