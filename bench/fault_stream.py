@@ -49,6 +49,8 @@ class PoolOfQuickWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            error.add_note(f"events: {'; '.join(self.said[-8:]) or 'none'}"[:900])
         for worker in self._scripted:
             worker.close()
         self.pool.close("the row is over")
@@ -108,7 +110,8 @@ class PoolOfQuickWorkers:
         return time.monotonic() - start
 
     def pids(self) -> list[int]:
-        """Of the ready workers, by name."""
+        """Of all spawned workers, by name, once each is ready: a slow machine may have taken one for hung."""
+        eventually(lambda: len(self.ready()) == self._spawned, "all are ready")
         return [worker["pid"] for _, worker in sorted(self.ready().items())]
 
     def log(self, name: str) -> str:

@@ -6,14 +6,13 @@ only if every row holds. Results go to bench/results/faults.jsonl.
 
 import argparse
 import importlib
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from bench import fault_runs
+from bench.fault_lanes import run_beside, serve
 from bench.fault_rows import LEFT_OUT, ROWS, NotHere, Row
 from bench.measure import record, table
 
@@ -22,6 +21,7 @@ MODULES = (
     "fault_checkpoints", "fault_disk", "fault_numbers", "fault_soak", "fault_cost",
 )  # fmt: skip
 COLUMNS = ["row", "fault", "verdict", "what happened", "detection_s", "lost", "duplicated", "took_s"]
+FEW = 5  # rows that are run one after the other, in this process
 
 
 def load() -> list[Row]:
@@ -49,29 +49,16 @@ def run(row: Row, seed: int) -> dict[str, Any]:
     except NotHere as missing:
         line |= {"verdict": "left out", "what happened": str(missing), "holds": None}
     except Exception as error:  # a row that does not hold must not keep the others from running
-        line |= {"verdict": "FAILED", "what happened": f"{type(error).__name__}: {error}"[:600], "holds": False}
+        said = " | ".join([f"{type(error).__name__}: {error}"[:600], *getattr(error, "__notes__", [])])
+        line |= {"verdict": "FAILED", "what happened": said, "holds": False}
     finally:
         fault_runs.end_runs()
     return line | {"took_s": time.monotonic() - start}
 
 
-def run_all(rows: Sequence[Row], seed: int, *, beside: bool) -> list[dict[str, Any]]:
-    """All lines, in order. `beside`: the quick rows, which mostly wait, run in a process of their own meanwhile."""
-    quick = [row for row in rows if row.quick]
-    child = None
-    if beside and 0 < len(quick) < len(rows):
-        command = [sys.executable, "-m", "bench.faults", "--json", "--quick", "--seed", str(seed)]
-        child = subprocess.Popen(command, cwd=fault_runs.REPOSITORY, stdout=subprocess.PIPE, text=True)
-    lines = {}
-    for row in rows:
-        if child is None or not row.quick:
-            lines[row.name] = line = run(row, seed)
-            print(f"{row.name} {line['verdict']} ({line['took_s']:.1f} s): {row.fault}", flush=True)
-    if child is not None:
-        found, _ = child.communicate()
-        lines |= {line["row"]: line for line in map(json.loads, found.splitlines())}
-        assert child.returncode == 0, f"the process of the quick rows ended with {child.returncode}"
-    return [lines[row.name] for row in rows]
+def say(line: dict[str, Any]) -> None:
+    """One line while the others run."""
+    print(f"{line['row']} {line['verdict']} ({line['took_s']:.1f} s): {line['fault']}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only rows without whole runs")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     rows = [row for row in load() if row.quick or not options.quick]
     if options.only:
@@ -94,12 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listed = [{"row": row.name, "fault": row.fault, "quick": row.quick or None} for row in rows]
         print(table(listed, ["row", "fault", "quick"]))
         return 0
-    if options.json:
-        for row in rows:
-            print(json.dumps(run(row, options.seed)), flush=True)
+    if options.serve:
+        serve(rows, lambda row: run(row, options.seed), sys.stdin, sys.stdout)
         return 0
     start = time.monotonic()
-    lines = run_all(rows, options.seed, beside=not options.only)
+    if len(rows) > FEW:
+        lines = run_beside(rows, options.seed, say)
+    else:
+        lines = []
+        for row in rows:
+            lines.append(run(row, options.seed))
+            say(lines[-1])
     record("faults", lines)
     print("\n" + (markdown(lines) if options.markdown else table(lines, COLUMNS)))
     for name, why in LEFT_OUT.items():
