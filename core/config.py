@@ -86,6 +86,8 @@ class Learner(Section, frozen=True, kw_only=True):
     backend: Annotated[Literal["torch", "deepspeed"], Meta(description="What trains: plain data-parallel torch (every rank holds everything), or DeepSpeed, which shards over the ranks.")] = "torch"
     zero_stage: Annotated[int, Meta(description="DeepSpeed shards nothing (0), optimizer states (1), gradients too (2), parameters too (3).", ge=0, le=3)] = 2
     offload: Annotated[Literal["none", "optimizer", "parameters"], Meta(description="What DeepSpeed keeps in host memory: nothing, optimizer states (stages 1 to 3), or those and parameters (stage 3).")] = "none"
+    lora_rank: Annotated[int, Meta(description="Rank of LoRA adapters on every linear layer but the head (peft), which then are all that trains; 0 trains every weight. What is published and saved is merged.", ge=0)] = 0
+    lora_alpha: Annotated[int, Meta(description="LoRA's α: adapters count α / lora_rank.", ge=1)] = 32
     kernels: Annotated[Literal["auto", "triton", "torch", "reference"], Meta(description="Implementation of the log-prob and loss kernels; auto picks by device.")] = "auto"
     max_nonfinite_updates: Annotated[int, Meta(description="Consecutive updates skipped for a non-finite gradient before the run stops.", ge=1)] = 3
 

@@ -47,6 +47,12 @@ class ModelShape(NamedTuple):
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         return attention + 3 * self.hidden * self.intermediate + norms + (queries + 2 * keys) * self.qkv_bias
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Of LoRA adapters on every linear layer but the head: rank numbers per input and per output."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 4 * self.hidden + 2 * queries + 2 * keys
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
     @property
     def parameters(self) -> int:
         """P, a tied head counted once."""
@@ -84,7 +90,8 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     explorer: where the loss scores π_ω, else None. ranks: N, over which DeepSpeed shards.
     Sources: trainer.optimizer (flat fp32 gradient); arXiv:1910.02054, section 5 (ZeRO's shards).
     """
-    settings, width, count = config.learner, BYTES[config.learner.dtype], learner.parameters
+    settings, width = config.learner, BYTES[config.learner.dtype]
+    count, trained = _held_and_trained(config, learner)
     low = width < 4
     stage = settings.zero_stage if settings.backend == "deepspeed" else None
     shards = {name: ranks if stage is not None and stage >= least else 1 for name, least in _SHARDED.items()}
@@ -92,19 +99,19 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     state = 0 if settings.offload != "none" else 1
     parts = {
         "weights": held * width * count // shards["weights"],
-        "gradients": 4 * count // shards["gradients"] + (width * count if low and stage in (None, 0, 1) else 0),
-        "optimizer": state * 8 * count // shards["optimizer"],
-        "fp32 masters": state * 4 * count // shards["optimizer"] if low else 0,
+        "gradients": 4 * trained // shards["gradients"] + (width * trained if low and stage in (None, 0, 1) else 0),
+        "optimizer": state * 8 * trained // shards["optimizer"],
+        "fp32 masters": state * 4 * trained // shards["optimizer"] if low else 0,
     }
-    if config.loss.kl_coef > 0:
+    if config.loss.kl_coef > 0 and not settings.lora_rank:  # else it is the learner without its adapters
         parts["reference"] = width * count // shards["weights"]
     if explorer is not None:
         parts["explorer, scored"] = width * explorer.parameters // shards["weights"]
     if stage:
         live = min(DEEPSPEED_LIVE, count) * width if stage == 3 else 0
-        parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, count) * (width + 4) + live
+        parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, trained) * (width + 4) + live
     parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, settings.gradient_checkpointing)
-    parts["head"] = head_bytes(learner, tokens_per_pass(config), width)
+    parts["head"] = head_bytes(learner, tokens_per_pass(config), width, frozen=settings.lora_rank > 0)
     parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
     return {name: size for name, size in parts.items() if size}
 
@@ -112,13 +119,19 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
 _SHARDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
 
 
+def _held_and_trained(config: Config, learner: ModelShape) -> tuple[int, int]:
+    """Parameters of the learner, and those of them that have gradients and optimizer states."""
+    adapters = learner.adapter_parameters(config.learner.lora_rank)
+    return learner.parameters + adapters, adapters or learner.parameters
+
+
 def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:
     """Host memory of one trainer rank that offloading takes: moments, masters and, if asked, weights."""
     if config.learner.offload == "none":
         return 0
-    width = BYTES[config.learner.dtype]
-    per_parameter = 12 + (width if config.learner.offload == "parameters" else 0)
-    return per_parameter * learner.parameters // ranks
+    count, trained = _held_and_trained(config, learner)
+    weights = BYTES[config.learner.dtype] * count if config.learner.offload == "parameters" else 0
+    return (12 * trained + weights) // ranks
 
 
 def tokens_per_pass(config: Config) -> int:
@@ -140,11 +153,15 @@ def activation_bytes(shape: ModelShape, tokens: int, width: int, checkpointing: 
     return shape.layers * tokens * width * shape.hidden + layer if checkpointing else shape.layers * layer
 
 
-def head_bytes(shape: ModelShape, tokens: int, width: int) -> int:
-    """One chunk of logits, the fp32 accumulator of d_weight [V, H], and hidden states with their gradient [T, H]."""
+def head_bytes(shape: ModelShape, tokens: int, width: int, *, frozen: bool = False) -> int:
+    """One chunk of logits, the fp32 accumulator of d_weight [V, H], and hidden states with their gradient [T, H].
+
+    A frozen head has no d_weight.
+    """
     most = max(16, min(HEAD_CHUNK_ROWS, HEAD_CHUNK_BYTES // (shape.vocab * width)))
     rows = most // 256 * 256 if most >= 256 else most // 16 * 16
-    return rows * shape.vocab * width + 4 * shape.vocab * shape.hidden + 2 * tokens * shape.hidden * width
+    gradient = 0 if frozen else 4 * shape.vocab * shape.hidden
+    return rows * shape.vocab * width + gradient + 2 * tokens * shape.hidden * width
 
 
 class EngineNeed(NamedTuple):

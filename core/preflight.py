@@ -128,6 +128,8 @@ def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: 
         options.append("learner.backend=deepspeed learner.zero_stage=3 on more ranks")
     elif trains and learner.zero_stage < 3:
         options.append("learner.zero_stage=3")
+    if trains and not learner.lora_rank:
+        options.append("learner.lora_rank=32, which trains adapters only")
     if trains and learner.offload == "none":
         options.append("learner.offload=optimizer (with learner.backend=deepspeed)")
     if trains and learner.dtype == "float32":

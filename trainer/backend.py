@@ -53,8 +53,8 @@ class Backend(Protocol):
         gradient that is not finite is not finite either.
         """
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, by its Hugging Face name; a tied one once."""
+    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, or those that train, whole, by its name in the model; a tied one once."""
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """What a resumed run needs besides the weights: `exp_avg.NAME`, `exp_avg_sq.NAME` and, below fp32,
@@ -69,7 +69,9 @@ class TorchBackend:
 
     def __init__(self, model: PreTrainedModel, settings: LearnerSettings, world: World) -> None:
         self.world = world
-        self.optimizer = Optimizer(dict(model.named_parameters()), settings)
+        self.parameters = dict(model.named_parameters())
+        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.optimizer = Optimizer(trained, settings)
         self.forward: Forward = LogprobModel(model)
         self._spent = False  # the flat gradient is the last update's
 
@@ -106,9 +108,9 @@ class TorchBackend:
         self._spent = True
         return value
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The parameters themselves."""
-        for name, parameter in self.optimizer.parameters.items():
+        for name, parameter in (self.optimizer.parameters if trained else self.parameters).items():
             yield name, parameter.detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

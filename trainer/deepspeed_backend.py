@@ -73,10 +73,11 @@ class DeepSpeedBackend:
         self.settings, self.world = settings, world
         self.dtype, self.stage = model.dtype, settings.zero_stage
         self.parameters = dict(model.named_parameters())
+        self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.updates = 0
         module = self._shard(LogprobModel(model))
         self.adamw = GatedAdamW(
-            list(self.parameters.values()),
+            list(self.trained.values()),
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -120,16 +121,16 @@ class DeepSpeedBackend:
         self.updates += self.adamw.open and math.isfinite(norm)
         return norm
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Stages 0 to 2 hold them whole; stage 3 gathers one after the other."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in (self.trained if trained else self.parameters).items():
             gathered = self.deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
             with gathered:
                 yield name, parameter.detach().cpu() if self.stage == 3 else parameter.detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Gathered one tensor after the other."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             if self.updates:
                 for kind in MOMENTS:
                     yield f"{kind}.{name}", self._whole(name, parameter, kind)
@@ -138,10 +139,10 @@ class DeepSpeedBackend:
 
     def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Every rank reads every tensor and keeps its part."""
-        masters = self.parameters if self.dtype != torch.float32 else ()
-        require_state(state.keys(), names=self.parameters, masters=masters, updates=updates)
+        masters = self.trained if self.dtype != torch.float32 else ()
+        require_state(state.keys(), names=self.trained, masters=masters, updates=updates)
         self.updates = updates
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             if masters:
                 self._keep(name, parameter, None, state[f"master.{name}"])
             for kind in MOMENTS if updates else ():
@@ -189,7 +190,7 @@ class DeepSpeedBackend:
 
     def _masters(self) -> dict[str, Tensor]:
         """Stage 0: what AdamW updates, whole, in the parameters' order."""
-        return dict(zip(self.parameters, self.adamw.param_groups[0]["params"], strict=True))
+        return dict(zip(self.trained, self.adamw.param_groups[0]["params"], strict=True))
 
     def _whole(self, name: str, parameter: Any, kind: str | None) -> Tensor:
         """A moment, or the fp32 master where `kind` is None, of a whole parameter."""
@@ -214,7 +215,7 @@ class DeepSpeedBackend:
 
     def _clip_plain(self) -> float:
         """Stage 0 in fp32, where DeepSpeed clips without a finite check and keeps no norm."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if norm > self.settings.grad_clip and math.isfinite(norm):
             for gradient in gradients:

@@ -19,16 +19,12 @@ from rollout.store import rollout_file
 from trainer.backend import make_backend, read_model
 from trainer.batch import MiniBatch, StepBatch
 from trainer.correction import correction_of, needs_explorer_scores, needs_old
+from trainer.lora import Adapter, whole_weights
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
 from trainer.micro_batch import MicroBatch
-from trainer.models import (
-    enable_gradient_checkpointing,
-    load_tokenizer,
-    save_model,
-    weight_checksum,
-)
+from trainer.models import enable_gradient_checkpointing, load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, fix_scores, policy_objective, score
-from trainer.tensor_files import TensorFiles, gather, write_file, write_files
+from trainer.tensor_files import TensorFiles, write_file, write_files
 from trainer.world import World
 
 STATE_FORMAT = 2
@@ -53,11 +49,15 @@ class Learner:
         *,
         reference: PreTrainedModel | None,
         explorer: PreTrainedModel | None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.config, self.world = config, world
         self.model, self.tokenizer = model, tokenizer
         self.backend = make_backend(model, config.learner, world)
+        self.adapter = adapter
         self.reference = self.backend.frozen(reference) if reference is not None else None
+        if adapter is not None and config.loss.kl_coef > 0:
+            self.reference = adapter.without(self.backend.forward)
         self.explorer = self.backend.frozen(explorer) if explorer is not None else None
         self.step = 0  # completed training steps
         self.skipped_updates = 0
@@ -85,11 +85,14 @@ class Learner:
         """
         torch.manual_seed(config.run.seed)
 
-        model = read_model(checkpoint or model_dir, config.learner, world, "learner.model")
+        start, state = checkpoint or model_dir, checkpoint and checkpoint / "trainer"
+        adapted = config.learner.lora_rank > 0
+        model = read_model(model_dir if adapted else start, config.learner, world, "learner.model")
+        adapter = Adapter(model, config.learner, state) if adapted else None
         if config.learner.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         reference = explorer = None
-        if config.loss.kl_coef > 0:
+        if config.loss.kl_coef > 0 and adapter is None:
             reference = read_model(model_dir, config.learner, world, "learner.model").requires_grad_(False)
         if needs_explorer_scores(config.correction):
             assert explorer_dir is not None, "mixture weights on learner rows need the explorer"
@@ -97,9 +100,9 @@ class Learner:
         tokenizer = load_tokenizer(model_dir, key="learner.model")
         world.agree("the configuration", msgspec.json.encode(config).decode())
         world.agree("the learner's weights", weight_checksum(model))
-        learner = cls(config, model, tokenizer, world, reference=reference, explorer=explorer)
-        if checkpoint is not None:
-            learner.load_state(checkpoint / "trainer")
+        learner = cls(config, model, tokenizer, world, reference=reference, explorer=explorer, adapter=adapter)
+        if state is not None:
+            learner.load_state(state)
         return learner
 
     def begin_step(self, batch: StepBatch) -> None:
@@ -151,12 +154,12 @@ class Learner:
 
         All that saves is a collective: every rank calls it, and None takes part, writes nothing and gives "".
         """
-        tensors = gather(self.backend.weights(), keep=file is not None)
+        tensors = whole_weights(self.backend, self.adapter, keep=file is not None)
         return write_file(tensors, file) if file is not None else ""
 
     def save_model(self, directory: Path | None) -> None:
         """Write a directory that transformers and vLLM load: weights, configs, tokenizer."""
-        tensors = gather(self.backend.weights(), keep=directory is not None)
+        tensors = whole_weights(self.backend, self.adapter, keep=directory is not None)
         if directory is not None:
             save_model(self.model, self.tokenizer, directory, tensors)
 
@@ -168,6 +171,8 @@ class Learner:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         write_files(self.backend.state(), directory, "optimizer")
+        if self.adapter is not None:
+            self.adapter.save(self.backend, directory)
         if directory is not None:
             state = {
                 "format": STATE_FORMAT,

@@ -20,11 +20,11 @@ def gather(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Te
     return {name: tensor for name, tensor in tensors if keep}
 
 
-def write_file(tensors: dict[str, Tensor], file: Path) -> str:
-    """One safetensors file, atomically; its SHA-256 in hex."""
+def write_file(tensors: dict[str, Tensor], file: Path, **notes: str) -> str:
+    """One safetensors file with `notes` among its metadata, atomically; its SHA-256 in hex."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(tensors, temporary, metadata={"format": "pt", **notes})
     with temporary.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     os.replace(temporary, file)

@@ -87,6 +87,21 @@ def test_offloaded_states_are_in_host_memory() -> None:
     assert host_bytes(config(), LARGE, ranks=2) == 0
 
 
+def test_adapters_train_beside_weights_that_are_only_held() -> None:
+    adapters = 32 * 36 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))  # rank x (inputs + outputs)
+    assert LARGE.adapter_parameters(32) == adapters
+    chosen = config("learner.lora_rank=32", "loss.kl_coef=0.001")
+    parts = trainer_parts(chosen, LARGE, None, ranks=1)
+    assert parts["weights"] == 2 * (P + adapters)
+    assert (parts["gradients"], parts["optimizer"], parts["fp32 masters"]) == (6 * adapters, 8 * adapters, 4 * adapters)
+    assert "reference" not in parts  # the learner without its adapters
+    assert head_bytes(LARGE, 10, 2) - head_bytes(LARGE, 10, 2, frozen=True) == 4 * 151936 * 4096
+    words = ("learner.backend=deepspeed", "learner.zero_stage=3", "learner.offload=optimizer", "learner.lora_rank=32")
+    assert host_bytes(config(*words), LARGE, ranks=2) == 6 * adapters
+    lines = preflight(chosen, place(chosen, 3), [80 * GIB] * 3, learner=LARGE, explorer=SMALL, ranks=1, vllm=True)
+    assert any(line.startswith("GPU 0 (80.0 GiB)") for line in lines)  # which holds what needs ZeRO-3 otherwise
+
+
 def test_activations_by_hand() -> None:
     shape = ModelShape(vocab=32, hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, head_dim=4, tied=True,
                        qk_norm=False, qkv_bias=False)  # fmt: skip

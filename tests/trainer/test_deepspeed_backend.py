@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.batch import pack_step
 from trainer.learner import Learner
+from trainer.lora import whole_weights
 from trainer.world import World
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -37,6 +38,7 @@ def settings(stage, **more):
     return {**SETTINGS, "learner.backend": "deepspeed", "learner.zero_stage": stage, **more}
 
 
+LORA = {"learner.lora_rank": 4, "learner.lora_alpha": 8, "learner.learning_rate": 2e-3}
 VARIANTS = {  # of the one-rank start
     "packed": settings(3, **{"learner.micro_batch_tokens": 60, "learner.gradient_checkpointing": True}),
     "offload_optimizer": settings(2, **{"learner.offload": "optimizer"}),
@@ -83,11 +85,16 @@ class Bench:
                 for mini_batch in batch.updates(1):
                     learner.update(mini_batch)
             learner.end_step()
-        return {name: tensor.clone() for name, tensor in learner.backend.weights()}
+        weights = whole_weights(learner.backend, learner.adapter, keep=True)
+        return {name: tensor.clone() for name, tensor in weights.items()}
 
     @cached_property
     def expected(self):
         return self.plain(SETTINGS)
+
+    @cached_property
+    def adapted(self):
+        return self.plain(SETTINGS | LORA)
 
     def weights(self, name):
         return load_file(self.work / name / "weights.safetensors")
@@ -142,6 +149,10 @@ def make_bench(work, learner_dir, make_config, make_groups):
             jobs.append(bench.job(f"resumed_{stage}_as_{other}", settings(other), checkpoint=checkpoint))
         if size == 2:
             jobs.append(bench.job("untied_head", settings(3), model=work / "untied"))
+            for stage, other in ((2, 3), (3, 0)):
+                jobs.append(bench.job(f"lora_{stage}", settings(stage, **LORA), save=SAVED))
+                checkpoint = work / f"lora_{stage}" / "checkpoint"
+                jobs.append(bench.job(f"lora_{stage}_as_{other}", settings(other, **LORA), checkpoint=checkpoint))
         for name, overrides in VARIANTS.items() if size == 1 else ():
             jobs.append(bench.job(name, overrides, save=SAVED))
             if name.startswith("bf16"):
@@ -240,3 +251,19 @@ def test_bfloat16_trains_fp32_masters_and_resumes_with_the_same_bits(bench, stag
         assert torch.equal(tensor, state[f"master.{key}"].bfloat16())
     plain = bench.plain({**SETTINGS, "learner.dtype": "bfloat16"})
     assert largest_gap(weights, plain) <= (5e-3 if stage == 0 else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora_2", "lora_3", "lora_2_as_3", "lora_3_as_0"])
+def test_adapters_get_the_plain_learners_updates_at_every_stage(bench, name):
+    assert largest_gap(bench.weights(name), bench.adapted) <= 1e-5
+    start = load_file(bench.learner_dir / "model.safetensors")
+    assert largest_gap(bench.adapted, start) > 1e-3
+    state = load_file(bench.work / name / "state_0.safetensors")
+    assert state.keys() == {f"{kind}.{key}" for kind in ("exp_avg", "exp_avg_sq") for key in trained_names(bench)}
+
+
+def trained_names(bench):
+    learner = Learner.load(
+        bench.make_config(SETTINGS | LORA), model_dir=bench.learner_dir, explorer_dir=None, world=WORLD
+    )
+    return [name for name, _ in learner.backend.weights(trained=True)]
