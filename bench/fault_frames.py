@@ -202,24 +202,29 @@ def version(seed: int) -> Verdict:
     return Verdict("refused", reason[reason.index("peer") :], seconds, **counts)
 
 
-@row("F28", "frames of another run and of an earlier start, replayed", quick=True)
+@row("F28", "frames of an earlier start of the run, and of another run, replayed", quick=True)
 def replayed(seed: int) -> Verdict:
-    with PoolOfQuickWorkers("earlier", incarnation=1) as first, PoolOfQuickWorkers("later", incarnation=2) as second:
-        old = first.scripted("ghost.1")
-        old.enter(first.model)
-        ghost = second.scripted("ghost.1")
-        ghost.enter(second.model)
-        second.submit(1)
-        ghost.hear(Grant)
-        ours, ghost.link.session = ghost.link.session, old.link.session
-        start = time.monotonic()
-        ghost.say(*(ghost.deliver(n + 1, second.leases[0], n // 4, n % 4) for n in range(16)))
-        ghost.hear(Rejoin)
-        seconds = time.monotonic() - start
-        assert not second.sink.completions, "a replayed completion was believed"
-        assert second.pool.counters()["bad_frames"] == {"other_session": 1}
-        ghost.link.session = ours
-        ghost.say(Leave(reason="enough"))
-        second.spawn(1)
-        counts = second.settle()
-    return Verdict("refused", "16 valid completions under an old session tag: none believed", seconds, **counts)
+    with (
+        PoolOfQuickWorkers("earlier", incarnation=1, run_id="run") as earlier,
+        PoolOfQuickWorkers("another", incarnation=2, run_id="another") as another,
+        PoolOfQuickWorkers("later", incarnation=2, run_id="run") as stream,
+    ):
+        worker = stream.scripted("ghost.1")
+        worker.enter(stream.model)
+        stream.submit(1)
+        worker.hear(Grant)
+        ours, start = worker.link.session, time.monotonic()
+        for other in (earlier, another):
+            ghost = other.scripted("ghost.1")
+            ghost.enter(other.model)
+            worker.link.session = ghost.link.session
+            worker.say(*(worker.deliver(n + 1, stream.leases[0], n // 4, n % 4) for n in range(16)))
+            worker.hear(Rejoin)
+        seconds = (time.monotonic() - start) / 2
+        assert not stream.sink.completions, "a replayed completion was believed"
+        assert stream.pool.counters()["bad_frames"] == {"other_session": 2}
+        worker.link.session = ours
+        worker.say(Leave(reason="enough"))
+        stream.spawn(1)
+        counts = stream.settle()
+    return Verdict("refused", "2 × 16 valid completions under another session tag: none believed", seconds, **counts)

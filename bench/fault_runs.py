@@ -189,6 +189,13 @@ def end_runs() -> None:
         gone(family, within_s=60)
 
 
+def rank_of(run: Run, rank: int) -> int:
+    """The process of a rank that torchrun started."""
+    ranks = [pid for pid, line in run.family().items() if "trainer/main.py" in line]
+    mark = f"\0RANK={rank}\0".encode()
+    return next(pid for pid in ranks if mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+
+
 def demanded(steps: int = STEPS) -> Counter[tuple[int, int, int, str]]:
     """The keys that a run of SETTINGS must train, each once."""
     return Counter(

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench.fault_parts import eventually
-from bench.fault_processes import descendants
+from bench.fault_processes import descendants, gone
 from bench.fault_rows import Verdict, row
 from core.rewards import RewardItem
 from core.scoring import RewardPool
@@ -93,14 +93,11 @@ def factorial(seed: int) -> Verdict:
 @row("F26c", "kill -9 of a reward worker", quick=True)
 def killed(seed: int) -> Verdict:
     scores = _Scores()
-    before = descendants(os.getpid())
     with RewardPool("bench.fault_rewards:slow", workers=1, timeout_s=20, on_score=scores) as pool:
         for number in range(10):
             pool.submit(number, _item(f"text {number}"))
         eventually(lambda: len(scores.outcomes) >= 2, "it works")
-        victim = next(
-            pid for pid, line in descendants(os.getpid()).items() if "scoring_worker" in line and pid not in before
-        )
+        victim = _worker()
         os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         eventually(lambda: pool.counts["crashed"], "it is noticed")
@@ -115,3 +112,29 @@ def killed(seed: int) -> Verdict:
         seconds,
         **scores.counts(10),
     )
+
+
+@row("F26d", "SIGSTOP of a reward worker", quick=True)
+def stopped(seed: int) -> Verdict:
+    scores, timeout_s = _Scores(), 1.0
+    with RewardPool("bench.fault_rewards:slow", workers=1, timeout_s=timeout_s, on_score=scores) as pool:
+        for number in range(6):
+            pool.submit(number, _item(f"text {number}"))
+        eventually(lambda: len(scores.outcomes) >= 2, "it works")
+        victim = _worker()
+        os.kill(victim, signal.SIGSTOP)
+        start = time.monotonic()
+        eventually(lambda: pool.counts["timeout"], "it is overdue")
+        seconds = time.monotonic() - start
+        eventually(lambda: len(scores.outcomes) == 6, "all have an outcome")
+    gone([victim])
+    failures = scores.failures()
+    assert failures == {"scored": 5, "timeout": 1}, failures
+    text = f"{dict(failures)}: killed at its deadline of {timeout_s:g} s and replaced"
+    return Verdict("tolerated", text, seconds, **scores.counts(6))
+
+
+def _worker() -> int:
+    """The one scoring process of this process."""
+    (found,) = [pid for pid, line in descendants(os.getpid()).items() if "scoring_worker" in line]
+    return found

@@ -24,7 +24,9 @@ LIVENESS_S, HANG_S = 2.0, 2.0
 class PoolOfQuickWorkers:
     """A WorkerPool of a run of its own. `said`: its events. A context: closed at the end, whatever happens."""
 
-    def __init__(self, name: str, *, sink: Sink | None = None, incarnation: int = 1, **settings: Any) -> None:
+    def __init__(
+        self, name: str, *, sink: Sink | None = None, incarnation: int = 1, run_id: str = "", **settings: Any
+    ) -> None:
         self.dir, self.sink, self.said = scratch() / name, sink or Sink(), list[str]()
         self.model = self.dir.with_name(f"{name}-model")
         if not self.model.exists():
@@ -36,7 +38,7 @@ class PoolOfQuickWorkers:
         )
         terms = {Source.EXPLORER: RoleTerms(self.model, fingerprints(self.model, weights=True), VOCAB)}
         self.pool = WorkerPool(
-            config, run_id=name, incarnation=incarnation, terms=terms, on_completion=self.sink,
+            config, run_id=run_id or name, incarnation=incarnation, terms=terms, on_completion=self.sink,
             on_event=self.said.append, worker_arguments=ENGINE, max_restarts=restarts,
         )  # fmt: skip
         self.leases: list[Lease] = []

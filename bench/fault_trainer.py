@@ -7,7 +7,7 @@ import time
 
 from bench.fault_processes import gone
 from bench.fault_rows import Verdict, row
-from bench.fault_runs import TORCHRUN, Run, demanded, difference, reference
+from bench.fault_runs import TORCHRUN, Run, demanded, difference, rank_of, reference
 
 KILLS, KILLS_AHEAD = 20, 4
 
@@ -86,9 +86,7 @@ def kill_rank_1(seed: int) -> Verdict:
     run = Run("two-ranks", algorithm__steps=2000, learner__micro_batch_rows=4)
     run.start(launcher=(*TORCHRUN, "2"))
     run.wait_for_step(3)
-    ranks = [pid for pid, line in run.family().items() if "trainer/main.py" in line]
-    family, start = list(run.family()), time.monotonic()
-    victim = next(pid for pid in ranks if b"\0RANK=1\0" in _environment(pid))
+    family, victim, start = list(run.family()), rank_of(run, 1), time.monotonic()
     os.kill(victim, signal.SIGKILL)
     run.finish(1, within_s=60)
     seconds = time.monotonic() - start
@@ -110,8 +108,3 @@ def drain(seed: int) -> Verdict:
     assert "Traceback" not in run.text(), run.tail()
     lost, duplicated = difference(run)
     return Verdict("tolerated", "exit code 0, last checkpoint, report and model written", None, lost, duplicated)
-
-
-def _environment(pid: int) -> bytes:
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        return b"\0" + file.read()

@@ -115,6 +115,38 @@ def stuck_in_c(seed: int) -> Verdict:
     return _hung("stuck-in-c", "hang with the interpreter", "dead")
 
 
+@row("F17", "explorer whose engine answers NaN log-probs, ids beyond the vocabulary; beside another, alone", quick=True)
+def poisoned(seed: int) -> Verdict:
+    said, rejected = [], 0
+    for fault in ("nan", "phantom"):
+        with PoolOfQuickWorkers(f"poisoned-by-{fault}") as stream:
+            stream.spawn(1, QUICK_FAIL=fault)
+            stream.submit(1)
+            eventually(lambda: stream.account()["rejected"].get("invalid", 0) >= 16, "all it says is refused")
+            os.kill(stream.pids()[0], signal.SIGSTOP)
+            stream.event("dead")
+            stream.spawn(1)
+            counts = stream.settle()
+            rejected += stream.account()["rejected"]["invalid"]
+            assert counts == {"lost": 0, "duplicated": 0}, counts
+        with PoolOfQuickWorkers(f"only-{fault}") as stream:
+            stream.spawn(1, QUICK_FAIL=fault)
+            stream.submit(1)
+            start = time.monotonic()
+            try:
+                eventually(stream.pool.check, "the pool gives up")
+            except WorkersLost as problem:
+                said.append(str(problem))
+            seconds = time.monotonic() - start
+            assert not stream.sink.completions
+    assert all("was lost 9 times" in text and "invalid: explorer-0" in text for text in said), said
+    assert len(said) == 2, said
+    text = (
+        f"{rejected} refused, made again by the other; alone: stopped, with the lease, the worker and the value named"
+    )
+    return Verdict("stopped", text, seconds)
+
+
 class _SlowSink(Sink):
     """Takes nothing until it is let go: the pool's thread stands still, as a trainer that is too slow."""
 

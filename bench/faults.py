@@ -17,7 +17,7 @@ from bench.fault_rows import LEFT_OUT, ROWS, NotHere, Row
 from bench.measure import record, table
 
 MODULES = (
-    "fault_workers", "fault_frames", "fault_peers", "fault_scoring", "fault_trainer", "fault_stopping",
+    "fault_workers", "fault_frames", "fault_peers", "fault_scoring", "fault_trainer", "fault_stopping", "fault_paused",
     "fault_checkpoints", "fault_disk", "fault_numbers", "fault_soak", "fault_cost",
 )  # fmt: skip
 COLUMNS = ["row", "fault", "verdict", "what happened", "detection_s", "lost", "duplicated", "took_s"]
