@@ -28,18 +28,22 @@ def run_watched(command: list[str], threads: int, log: Path, steps_done: Callabl
                     marks.append((done, _processor_s(process)))
                 time.sleep(0.05)
         finally:  # an interrupted benchmark leaves nothing behind: workers die with the trainer
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
             process.wait()
-    if process.returncode or not marks:
+    whole = [mark for mark in marks if mark[0] < steps]  # with the last step, processes begin to end
+    if process.returncode or len(whole) < 2:
         raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}: {log.read_text('utf-8')[-3000:]}")
-    (first, start_s), (last, end_s) = marks[0], next(mark for mark in reversed(marks) if mark[0] <= steps - 1)
+    (first, start_s), (last, end_s) = whole[0], whole[-1]
     return (end_s - start_s) / (last - first)
 
 
 def _processor_s(process: psutil.Process) -> float:
     """User and system seconds of a process and all that it started and that still runs."""
-    seconds = 0.0
-    for one in (process, *process.children(recursive=True)):
+    seconds, family = 0.0, [process]
+    with suppress(psutil.NoSuchProcess):
+        family += process.children(recursive=True)
+    for one in family:
         with suppress(psutil.NoSuchProcess):
             times = one.cpu_times()
             seconds += times.user + times.system

@@ -2,11 +2,13 @@
 
 import json
 import statistics
+import sys
 
 import pytest
 
 from bench.trl import OURS, RIVALS, grpo_arguments, ratios, summary_of_ours, summary_of_rival, workload
 from bench.trl_rival import MARK, countdown
+from bench.watched import run_watched
 
 STEPS = 6
 
@@ -76,3 +78,15 @@ def test_the_reward_of_trl_is_the_task_s():
     good = "9 - 5 = 4 , 8 - 4 = 4 , 7 + 4 = 11"
     assert countdown([prompt, prompt], [good, "8 + 7 = 15 , 9 - 5 = 4 , 15 + 4 = 19"]) == [0.0, 0.0]
     assert countdown([prompt], ["9 + 5 = 14 , 8 - 7 = 1 , 14 + 1 = 15"]) == [1.0]
+
+
+def test_processor_seconds_of_a_step_are_those_of_all_its_processes(tmp_path):
+    """Each step burns 0.1 s in the program and 0.1 s in a child of its own, on whatever machine."""
+    burn = "import time\nfor i in range(9):\n t = time.process_time()\n while time.process_time() - t < 0.1: pass\n"
+    child = f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {burn!r}])\n"
+    code = f"{child}{burn} print('x', flush=True)\n"
+    log = tmp_path / "log"
+    seconds = run_watched([sys.executable, "-c", code + "child.wait()"], 1, log, lambda: log.read_text().count("x"), 9)
+    assert 0.05 <= seconds < 2.0
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        run_watched([sys.executable, "-c", "raise SystemExit(3)"], 1, log, lambda: 0, 9)
