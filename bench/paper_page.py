@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -32,7 +33,7 @@ def write_page(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Path
         commits=html.escape(", ".join(sorted({row["commit"] for row in rows}))),
         verdicts=_verdict_table(measured),
         search=search_table(facts) + _plot(out, "search", lambda file: charts.search_curves(file, facts["search"])),
-        sections="".join(sections),
+        sections="".join(sections) + _theory(out),
     )
     out.mkdir(parents=True, exist_ok=True)
     page = out / PAGE
@@ -114,6 +115,15 @@ def _section(
     )
 
 
+def _theory(out: Path) -> str:
+    """What `python -m bench.theory` left in the same folder, if it ran."""
+    found, picture = out / "theory.json", out / "theory.png"
+    if not found.exists() or not picture.exists():
+        return ""
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in json.loads(found.read_text())["answer"])
+    return f'<section id="theory"><h2>Theory: section 3.1 and Appendix E</h2>{_image(picture)}{lines}</section>'
+
+
 def _differences_table(measured: Sequence[Result]) -> str:
     names = ("difference", "of", "mean ± 95 %", "seeds", "paper expects", "verdict")
     head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
@@ -132,7 +142,9 @@ def _differences_table(measured: Sequence[Result]) -> str:
 def _plot(out: Path, name: str, draw: Callable[[Path], bool]) -> str:
     """Draw a PNG and put it into the page; nothing where there is nothing to draw."""
     file = out / f"{name}.png"
-    if not draw(file):
-        return ""
+    return _image(file) if draw(file) else ""
+
+
+def _image(file: Path) -> str:
     data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{html.escape(file.stem)}" src="data:image/png;base64,{data}"></figure>'
