@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 
 import psutil
-import torch
 
 from bench.fault_parts import eventually, make_completion, make_lease
 from bench.fault_rows import Verdict, row
@@ -73,6 +72,8 @@ def _transfer_s(delivers: list[Deliver], keys: tuple[Keys, Keys] | None) -> floa
 
 def _step_s() -> float:
     """CPU seconds of a step of the embedded default: trainer, explorer, rollout worker and scorer together."""
+    import torch
+
     from trainer.models import save_model
     from trainer.pretrain import Recipe, build_model, build_tokenizer
 

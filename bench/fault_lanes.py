@@ -24,13 +24,14 @@ def run_beside(rows: Sequence[Row], seed: int, report: Callable[[Line], None]) -
     waiting, found = deque(order), dict[str, Line]()
 
     def lane(take: Callable[[], Row]) -> None:
-        command = [sys.executable, "-m", "bench.faults", "--serve", "--seed", str(seed)]
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
-            while (row := _next(take)) is not None:
-                found[row.name] = line = _ask(process, row)
-                report(line)
+        process = _start(seed)
+        while (row := _next(take)) is not None:
+            found[row.name] = line = _ask(process, row)
+            report(line)
+            if process.poll() is not None:
+                _end(process)
+                process = _start(seed)
+        _end(process)
 
     lanes = [threading.Thread(target=lane, args=(take,)) for take in (waiting.popleft, waiting.popleft, waiting.pop)]
     for thread in lanes:
@@ -56,22 +57,29 @@ def _next(take: Callable[[], Row]) -> Row | None:
         return None
 
 
+def _start(seed: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bench.faults", "--serve", "--seed", str(seed)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended
+        process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
 def _ask(process: subprocess.Popen[str], row: Row) -> Line:
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it ended; there is no answer either
+    with contextlib.suppress(BrokenPipeError):  # it has ended; there is no answer either
         print(row.name, file=process.stdin, flush=True)
     answer = process.stdout.readline()
     if answer:
         line: Line = json.loads(answer)
         return line
-    code = process.wait()
-    what = f"the process that ran it ended with {code}"
-    return {
-        "row": row.name,
-        "fault": row.fault,
-        "holds": False,
-        "verdict": "FAILED",
-        "what happened": what,
-        "took_s": 0.0,
-    }
+    what = f"the process that ran it ended with {process.wait()}"
+    verdict = {"holds": False, "verdict": "FAILED", "what happened": what, "took_s": 0.0}
+    return {"row": row.name, "fault": row.fault, **verdict}

@@ -20,6 +20,7 @@ class State(StrEnum):
 
 
 ABLE_TO_WORK = (State.LOADING, State.READY)
+_ENDED = (State.DEAD, State.GONE, State.REFUSED)
 
 
 class SeqWindow:
@@ -120,11 +121,14 @@ class Peers(dict[bytes, Peer]):
 
     def enter(self, peer: Peer) -> None:
         """Add a worker."""
-        ended = [known for known in self.values() if known.state in (State.DEAD, State.GONE, State.REFUSED)]
-        for known in sorted(ended, key=lambda known: known.seen_s)[: max(0, len(self) + 1 - self.limit)]:
-            self._forgotten[known.role].enter(known)
-            del self[known.identity]
+        while len(self) >= self.limit and (oldest := self._ended_first()):
+            self._forgotten[oldest.role].enter(oldest)
+            del self[oldest.identity]
         self[peer.identity] = peer
+
+    def _ended_first(self) -> Peer | None:
+        ended = (known for known in self.values() if known.state in _ENDED)
+        return min(ended, key=lambda known: known.seen_s, default=None)
 
     def accounts(self) -> dict[Source, "Account"]:
         """Promise 1, by source."""

@@ -1,15 +1,17 @@
 """The fault table: quick rows hold, rows that do not hold are seen, and the command says so."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import fault_rows, faults, measure
+from bench import fault_lanes, fault_rows, faults, measure
+from bench.fault_lanes import run_beside, serve
 from bench.fault_rows import NotHere, Row, Verdict
 
 # The rest of the quick rows are the stream's own tests with other names (tests/rollout).
-QUICK = ["F1", "F3", "F4", "F11", "F12", "F13", "F15", "F25", "F26c", "F27", "F28", "F35"]
+QUICK = ("F1", "F3", "F4", "F11", "F12", "F13", "F15", "F25", "F26c", "F26d", "F27", "F28", "F35")
 
 
 @pytest.fixture(autouse=True)
@@ -19,19 +21,39 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
-def test_quick_rows_hold(name: str) -> None:
-    (row,) = [row for row in faults.load() if row.name == name]
-    assert row.quick
-    line = faults.run(row, seed=1)
-    assert line["holds"], f"{line['verdict']}: {line['what happened']}"
-    assert (line["lost"], line["duplicated"]) == (0, 0)
+def test_quick_rows_hold_beside_each_other() -> None:
+    """In processes of their own, as the command runs them."""
+    rows = [row for row in faults.load() if row.name in QUICK]
+    assert all(row.quick for row in rows)
+    lines = run_beside(rows, 1, faults.say)
+    assert [line["row"] for line in lines] == list(QUICK)
+    failed = [f"{line['row']}: {line['what happened']}" for line in lines if not line["holds"]]
+    assert not failed, "\n".join(failed)
+    assert {(line["lost"], line["duplicated"]) for line in lines} == {(0, 0)}
+
+
+def test_a_lane_whose_process_ends_fails_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_lanes.sys, "executable", "/bin/false")
+    rows = [Row(name, name, True, holding) for name in ("F1", "F2", "F3", "F4")]
+    said: list[str] = []
+    lines = run_beside(rows, 0, lambda line: said.append(line["row"]))
+    assert [line["row"] for line in lines] == sorted(said) == ["F1", "F2", "F3", "F4"]
+    assert all(line["holds"] is False and "ended with 1" in line["what happened"] for line in lines)
+
+
+def test_a_lane_answers_each_name_with_a_line() -> None:
+    rows = [Row("F1", "x", True, holding), Row("F2", "y", True, wrong)]
+    answers = io.StringIO()
+    serve(rows, lambda row: faults.run(row, 7), io.StringIO("F2\nF1\n"), answers)
+    lines = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert [(line["row"], line["holds"]) for line in lines] == [("F2", False), ("F1", True)]
+    assert "exit code 0, expected 1" in lines[0]["what happened"]
 
 
 def test_every_fault_of_the_plan_has_a_row() -> None:
     names = {row.name for row in faults.load()} | set(fault_rows.LEFT_OUT)
     missing = [number for number in range(1, 38) if not any(name.rstrip("bcd") == f"F{number}" for name in names)]
-    assert missing == [17]  # NaN and phantom ids: F13c and F25b
+    assert not missing
     assert len({row.name for row in faults.load()}) == len(faults.load())
 
 
