@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     for part in options.parts:
         rows = {"fakes": fakes, "roles": roles, "wire": wire, "real": real}[part](options)
-        print(table(rows, list(rows[0])), flush=True)
+        print(table(rows, [name for name in rows[0] if not isinstance(rows[0][name], list)]), flush=True)
         print(f"recorded in {record('pipeline', rows)}", flush=True)
 
 

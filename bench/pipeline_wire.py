@@ -1,10 +1,16 @@
-"""How many completions the whole path carries: encode, ZeroMQ, decode, checks, dedupe, ledger, buffer."""
+"""How many completions the whole path carries: encode, ZeroMQ, decode, checks, dedupe, ledger, buffer.
+
+Beside completions a second stands what one costs each side in processor time (`trainer_us`, `worker_us`): on shared
+cores the rate is that of the moment, the cost is not. `slope` is the growth of the trainer's resident memory in bytes
+per completion, a line through `resident_mb` by completions.
+"""
 
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -59,21 +65,50 @@ def _flood(config: Config, folder: Path, workers: int, seconds: float, limit: in
         for index in range(workers):
             pool.spawn(Source.EXPLORER, index)
         submitted = 0
-        start_s, first, warm_bytes = 0.0, 0, 0
-        while count < limit and (not start_s or time.monotonic() - start_s < seconds):
+        marks: list[Mark] = []
+        while count < limit and (not marks or time.monotonic() - marks[0].at_s < seconds):
             while submitted < min(limit, count + LEASES_AHEAD * workers * PROMPTS * SAMPLES):
                 pool.submit([_lease(submitted)])
                 submitted += PROMPTS * SAMPLES
             pool.check()
             time.sleep(0.02)
-            if not start_s and count > limit // 20:  # what a lease's first tenth allocates is not growth
-                start_s, first, warm_bytes = time.monotonic(), count, process.memory_info().rss
-        elapsed_s, carried = time.monotonic() - start_s, count - first
-        grown = process.memory_info().rss - warm_bytes
+            due = limit // 20 if not marks else marks[-1].carried + limit // 40
+            if count >= due or (marks and count >= limit):  # what a lease's first tenth allocates is not growth
+                marks.append(_mark(count, process))
+        marks.append(_mark(count, process))
+    return {"workers": workers, "completions": count, **rates(marks), "loadavg": os.getloadavg()[0]}
+
+
+class Mark(NamedTuple):
+    """What was carried by when, with the processor seconds of both sides and the trainer's resident memory."""
+
+    carried: int
+    at_s: float
+    trainer_s: float
+    worker_s: float
+    resident: int
+
+
+def rates(marks: list[Mark]) -> dict[str, Any]:
+    """Between the first mark and the last."""
+    first, last = marks[0], marks[-1]
+    carried, elapsed_s = last.carried - first.carried, last.at_s - first.at_s
+    line = statistics.linear_regression([mark.carried for mark in marks], [mark.resident for mark in marks])
     return {
-        "workers": workers, "completions": count, "completions_per_s": carried / elapsed_s,
-        "mb_per_s": carried * TOKENS * 8 / elapsed_s / 1e6, "grown_mb": grown / 1e6, "loadavg": os.getloadavg()[0],
+        "completions_per_s": carried / elapsed_s, "mb_per_s": carried * TOKENS * 8 / elapsed_s / 1e6,
+        "trainer_us": 1e6 * (last.trainer_s - first.trainer_s) / carried,
+        "worker_us": 1e6 * (last.worker_s - first.worker_s) / carried,
+        "grown_mb": (last.resident - first.resident) / 1e6, "slope": line.slope,
+        "resident_mb": [[mark.carried, round(mark.resident / 1e6, 2)] for mark in marks],
     }  # fmt: skip
+
+
+def _mark(count: int, process: psutil.Process) -> Mark:
+    def processor_s(one: psutil.Process) -> float:
+        return float(one.cpu_times().user + one.cpu_times().system)
+
+    workers_s = sum(processor_s(child) for child in process.children(recursive=True))
+    return Mark(count, time.monotonic(), processor_s(process), workers_s, process.memory_info().rss)
 
 
 def _lease(number: int) -> Lease:

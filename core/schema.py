@@ -121,7 +121,7 @@ def check_completion(completion: Completion, *, vocab_size: int, max_tokens: int
         raise ValueError(f"{size // 4} tokens exceed the lease's limit of {max_tokens}")
     check_spans(completion)
     tokens, logprobs = completion.tokens, completion.logprobs
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
+    if tokens.view("<u4").max() >= vocab_size:  # a negative id is a large unsigned one
         raise ValueError(f"token id outside 0 … {vocab_size - 1}: {tokens.min()} … {tokens.max()}")
     # NaN fails both comparisons, so it is refused too.
     if not (logprobs.min() >= LOGPROB_FLOOR and logprobs.max() <= LOGPROB_CEILING):

@@ -121,9 +121,11 @@ class Courier:
                 doing, self._doing = self._doing, f"waiting for {len(self._outbox)} acknowledgements"
                 self._wait(lambda: not self._outbox.full)
                 self._doing = doing
+            sends = self._outbox.has_unsent
             self._outbox.put(lease.lease_id, lease.purpose, completion)
             self._progress += 1
-        self._link.wake()
+        if not sends:  # else the network thread takes it along: a wake for each one would cut frames of one completion
+            self._link.wake()
 
     def on_progress(self, tokens: int) -> None:
         """The engine drew tokens. Raises Ended where there is no sense in drawing more."""

@@ -35,6 +35,11 @@ class Outbox:
         return oldest is not None and self.produced + 1 >= oldest + self.window
 
     @property
+    def has_unsent(self) -> bool:
+        """Whether `unsent` has something to give."""
+        return bool(self._unsent)
+
+    @property
     def leases(self) -> list[str]:
         """Leases with unacknowledged deliveries."""
         return list(self._by_lease)
