@@ -103,12 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """The table for a page."""
-    text = ["| " + " | ".join(COLUMNS[:-1]) + " |", "|---|---|---|---|---:|---:|---:|"]
+    """The table for a page, without what happened."""
+    text = ["| row | fault | verdict | detected after | lost | duplicated |", "|---|---|---|---:|---:|---:|"]
     for line in lines:
-        cells = [line.get(column) for column in COLUMNS[:-1]]
-        shown = ["" if cell is None else f"{cell:.2g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        text.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in shown) + " |")
+        seconds = line.get("detection_s")
+        after = "" if seconds is None else "< 0.1 s" if seconds < 0.1 else f"{seconds:.1f} s"
+        fault = line["fault"].replace("|", "\\|")
+        cells = [line["row"], fault, line["verdict"], after, *(line.get(count, "") for count in ("lost", "duplicated"))]
+        text.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(text)
 
 

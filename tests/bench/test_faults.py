@@ -97,7 +97,7 @@ def test_rows_are_chosen_by_name_with_their_variants(
     rows = [Row(name, "x", name != "F5", holding) for name in ("F5", "F5b", "F50")]
     monkeypatch.setattr(faults, "load", lambda: rows)
     assert faults.main(["--only", "F5", "--markdown"]) == 0
-    assert "| F5b | x | tolerated | seed 0 | 0.5 | 0 | 0 |" in capsys.readouterr().out
+    assert "| F5b | x | tolerated | 0.5 s | 0 | 0 |" in capsys.readouterr().out
     assert faults.main(["--quick", "--list"]) == 0
     assert "F50" in capsys.readouterr().out
     with pytest.raises(SystemExit):
