@@ -41,6 +41,7 @@ class Algorithm(Section, frozen=True, kw_only=True):
     prompts_per_step: Annotated[int, Meta(description="Prompts B of one step; a step trains B × G completions.", ge=1)] = 32
     mini_batch_prompts: Annotated[int, Meta(description="Prompts of one optimizer update; must divide prompts_per_step.", ge=1)] = 16
     epochs: Annotated[int, Meta(description="Passes over a step's mini-batches; updates per step U = B / mini_batch_prompts × epochs.", ge=1)] = 1
+    stream_mini_batches: Annotated[bool, Meta(description="Train each mini-batch of a step as soon as its prompts are complete (the updates are the same); costs a copy of the weights for π_old. Off: wait for the whole step.")] = True
     lookahead: Annotated[int, Meta(description="Steps of learner rollouts in flight while a step trains; 0 is Algorithm 1 to the letter.", ge=0)] = 0
 
 

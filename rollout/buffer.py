@@ -5,9 +5,10 @@ One Condition; `close` and `fail` wake every waiter. Produced for by the pool's 
 """
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import msgspec
 
@@ -40,6 +41,8 @@ class ReplayBuffer:
         self._scored: dict[int, dict[CompletionKey, ScoredCompletion]] = defaultdict(dict)
         self._failed: dict[int, set[CompletionKey]] = defaultdict(set)
         self._dropped_slots: dict[int, set[int]] = defaultdict(set)
+        self._scored_of_slot: dict[int, Counter[int]] = defaultdict(Counter)
+        self._trained: set[CompletionKey] = set()  # of the step that is being taken
         self._trained_step = 0
         self._error: Exception | None = None
 
@@ -47,7 +50,7 @@ class ReplayBuffer:
         """True if it is to be scored; otherwise it is counted, as rejected or as dropped with its prompt."""
         key = completion.key
         with self._changed:
-            if key.step <= self._trained_step:
+            if key.step <= self._trained_step or key in self._trained:
                 reason = "late"
             elif key in self._arrived[key.step] or key in self._failed[key.step]:
                 reason = "duplicate"
@@ -68,6 +71,7 @@ class ReplayBuffer:
         with self._changed:
             completion = self._arrived.get(key.step, {}).get(key)
             if completion is not None:  # its prompt may have been dropped meanwhile
+                self._scored_of_slot[key.step][key.slot] += key not in self._scored[key.step]
                 self._scored[key.step][key] = ScoredCompletion(completion=completion, reward=reward, text=text)
                 self._changed.notify_all()
 
@@ -96,30 +100,33 @@ class ReplayBuffer:
                 self.ledger.drop(key.source, PROMPT_DROPPED)
             self._changed.notify_all()
 
-    def take(self, step: int, keys: list[CompletionKey]) -> None:
-        """`keys` train at `step`: they leave the buffer for good; what else the step holds is dropped as spare."""
+    def take(self, step: int, keys: list[CompletionKey], *, last: bool = True) -> None:
+        """`keys` train at `step`: they leave the buffer for good; with the `last` of the step, its others are spare."""
         with self._changed:
             for key in keys:
                 removed = self._remove(key)
                 assert removed, f"{key} trains but is not resident"
                 self.ledger.train(key.source, 1)
-            for key in list(self._arrived.get(step, {})):
-                self._remove(key)
-                self.ledger.drop(key.source, "spare")
-            self._trained_step = step
-            for table in (self._arrived, self._scored, self._failed, self._dropped_slots):
-                table.pop(step, None)
+            self._trained.update(keys)
+            if last:
+                self._end_step(step)
 
     def scored(self, step: int) -> dict[CompletionKey, ScoredCompletion]:
         """A snapshot of the step's scored completions."""
         with self._changed:
             return dict(self._scored.get(step, {}))
 
-    def missing(self, step: int, *, prompts: int, per_prompt: int) -> int:
-        """Scored completions that the step still lacks, of those of its prompts that are not dropped."""
+    def window(self, step: int, slots: range, prompts: int | None = None) -> list[int]:
+        """The first `prompts` (None: all) of the step's `slots` that are not dropped."""
         with self._changed:
-            kept = prompts - len(self._dropped_slots.get(step, ()))
-            return kept * per_prompt - len(self._scored.get(step, {}))
+            dropped = self._dropped_slots.get(step, ())
+            return list(islice((slot for slot in slots if slot not in dropped), prompts))
+
+    def missing(self, step: int, slots: Sequence[int], per_prompt: int) -> int:
+        """Scored completions that these slots of a step still lack."""
+        with self._changed:
+            scored = self._scored_of_slot[step]
+            return sum(per_prompt - scored[slot] for slot in slots)
 
     def failed(self, step: int) -> set[CompletionKey]:
         """A snapshot of the step's keys whose reward failed."""
@@ -182,6 +189,15 @@ class ReplayBuffer:
             for key in state.failed:
                 self._failed[key.step].add(key)
 
+    def _end_step(self, step: int) -> None:
+        for key in list(self._arrived.get(step, {})):
+            self._remove(key)
+            self.ledger.drop(key.source, "spare")
+        self._trained_step = step
+        self._trained.clear()
+        for table in (self._arrived, self._scored, self._failed, self._dropped_slots, self._scored_of_slot):
+            table.pop(step, None)
+
     def _keys(self) -> Iterator[CompletionKey]:
         return (key for step in self._arrived.values() for key in step)
 
@@ -189,6 +205,7 @@ class ReplayBuffer:
         completion = self._arrived.get(key.step, {}).pop(key, None)
         if completion is None:
             return False
-        self._scored.get(key.step, {}).pop(key, None)
+        if self._scored.get(key.step, {}).pop(key, None) is not None:
+            self._scored_of_slot[key.step][key.slot] -= 1
         self.num_bytes -= completion.num_bytes
         return True

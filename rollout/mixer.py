@@ -92,18 +92,32 @@ class Mixer:
                 self._reuse.record(completion)
             self._enter(completion)
 
-    def collect(self, step: int) -> tuple[Group, ...]:
-        """Wait until every prompt of `step` is complete or dropped, and take its groups out of the buffer."""
-        self._wait(f"step {step}", lambda: self._missing(step))
-        scored = list(self.buffer.scored(step).values())
-        groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
-        if not groups:
+    def collect(self, step: int, *, first: int = 0, prompts: int | None = None) -> tuple[Group, ...]:
+        """Take groups of `step` out of the buffer, in prompt order, once their prompts are complete or dropped.
+
+        All that are left from slot `first` on, or the next `prompts` of them, whatever of the others is here: which
+        groups these are does not depend on what arrived first. Fewer are the step's last, and none is left then.
+        """
+        slots, groups = range(first, len(self.demand.prompts_at(step))), None
+        while groups is None:
+            self._wait(f"step {step}", lambda: self._missing(step, slots, prompts))
+            with self.buffer.still():  # a reward that failed since may have dropped a prompt
+                if not self._missing(step, slots, prompts):
+                    groups = self._take(step, self.buffer.window(step, slots, prompts), prompts)
+        if not groups and not first:
             raise NothingToTrain(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
+        with self._replacing:
+            self._replaced = {key for key in self._replaced if key.step >= step}
+        return groups
+
+    def _take(self, step: int, slots: Sequence[int], prompts: int | None) -> tuple[Group, ...]:
+        """The groups of complete slots, out of the buffer."""
+        scored = [row for key, row in self.buffer.scored(step).items() if key.slot in slots]
+        groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         self._assert_fresh(step, groups)
         self.buffer.drop(rescued, "rescued")
-        self.buffer.take(step, [row.completion.key for group in groups for row in group.rows])
-        with self._replacing:
-            self._replaced = {key for key in self._replaced if key.step > step}
+        last = prompts is None or len(slots) < prompts
+        self.buffer.take(step, [row.completion.key for group in groups for row in group.rows], last=last)
         return groups
 
     def _assert_fresh(self, step: int, groups: Sequence[Group]) -> None:
@@ -173,10 +187,9 @@ class Mixer:
             for sample in item.samples
         )
 
-    def _missing(self, step: int) -> int:
-        """Scored completions that `step` still lacks."""
-        prompts, per_prompt = len(self.demand.prompts_at(step)), sum(self.demand.quota(step))
-        return self.buffer.missing(step, prompts=prompts, per_prompt=per_prompt)
+    def _missing(self, step: int, slots: range, prompts: int | None) -> int:
+        """Scored completions that the next prompts of a step still lack."""
+        return self.buffer.missing(step, self.buffer.window(step, slots, prompts), sum(self.demand.quota(step)))
 
     def _wait(self, what: str, missing: Callable[[], int]) -> None:
         """Sleep until nothing is missing; say what for; stop with a name when nothing comes any more."""

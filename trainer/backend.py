@@ -18,6 +18,7 @@ from trainer.attention import use_packed_attention
 from trainer.models import DTYPES, load_model, use_liger
 from trainer.objective import Forward
 from trainer.optimizer import Optimizer
+from trainer.start_weights import StartWeights
 from trainer.world import World
 
 
@@ -28,6 +29,7 @@ class Backend(Protocol):
     """
 
     forward: Forward
+    start: StartWeights
 
     @property
     def updates(self) -> int:
@@ -73,6 +75,7 @@ class TorchBackend:
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.optimizer = Optimizer(trained, settings)
         self.forward: Forward = LogprobModel(model)
+        self.start = StartWeights(model.parameters())
         self._spent = False  # the flat gradient is the last update's
 
     @property

@@ -49,18 +49,20 @@ class StepBatch:
                 yield from phase
 
 
-def pack_step(groups: Sequence[Group], config: Config, *, rank: int = 0, world_size: int = 1) -> StepBatch:
-    """Lay out the groups of one step, in prompt order, as this rank's part of the step's updates.
+def pack_step(
+    groups: Sequence[Group], config: Config, *, rank: int = 0, world_size: int = 1, first_index: int = 0
+) -> StepBatch:
+    """Lay out the groups of one step, or of a part of it, in prompt order, as this rank's part of the step's updates.
 
     A mini-batch is `algorithm.mini_batch_prompts` consecutive groups (the last may have fewer where prompts were
     dropped). Mixing `authors_code` makes two phases: explorer rows of every group, then learner rows of every group.
+    `first_index` is the number of the first micro-batch.
     Completions longer than `rollout.max_response_tokens` are cut to it and keep the reward of the whole answer, as in
     the authors' code.
     """
     assert groups, "a step without groups has nothing to train"
     by_source = config.algorithm.mixing == "authors_code"
     phases = []
-    first_index = 0
     for keep in ({0}, {1}) if by_source else ({0, 1},):
         parts = [part for group in groups if (part := [row for row in _rows(group, config) if row.source in keep])]
         phase = []

@@ -21,6 +21,7 @@ from core.config import Learner as LearnerSettings
 from kernels.head import LogprobModel
 from trainer.objective import Forward
 from trainer.optimizer import MOMENTS, learning_rate, require_state
+from trainer.start_weights import StartWeights
 from trainer.world import World
 
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves smaller parameters whole: gathering them costs more than holding them
@@ -85,6 +86,8 @@ class DeepSpeedBackend:
         )
         self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=self.adamw, config=self._config())
         self.forward: Forward = self.engine
+        release = {"release": self.engine.optimizer.empty_partition_cache} if self.stage == 3 else {}
+        self.start = StartWeights(self.parameters.values(), **release)
         self._link_state()
 
     @property

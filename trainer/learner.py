@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -14,16 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.config import Config
-from core.schema import Source
 from rollout.store import rollout_file
 from trainer.backend import make_backend, read_model
 from trainer.batch import MiniBatch, StepBatch
-from trainer.correction import correction_of, needs_explorer_scores, needs_old
+from trainer.correction import needs_explorer_scores
 from trainer.lora import Adapter, whole_weights
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
 from trainer.micro_batch import MicroBatch
 from trainer.models import enable_gradient_checkpointing, load_tokenizer, save_model, weight_checksum
-from trainer.objective import Scores, fix_scores, policy_objective, score
+from trainer.objective import Scores, policy_objective
+from trainer.scorer import Scorer
 from trainer.tensor_files import TensorFiles, write_file, write_files
 from trainer.world import World
 
@@ -59,6 +60,7 @@ class Learner:
         if adapter is not None and config.loss.kl_coef > 0:
             self.reference = adapter.without(self.backend.forward)
         self.explorer = self.backend.frozen(explorer) if explorer is not None else None
+        self.scorer = Scorer(config, self.backend, reference=self.reference, explorer=self.explorer)
         self.step = 0  # completed training steps
         self.skipped_updates = 0
         self._skipped_in_a_row = 0
@@ -105,16 +107,24 @@ class Learner:
             learner.load_state(state)
         return learner
 
-    def begin_step(self, batch: StepBatch) -> None:
-        """Fix π_old, π_ref and π_ω for every row that needs them, before the first update changes π_θ."""
-        start = time.perf_counter()
+    def begin_step(self, batch: StepBatch, *, in_parts: bool = False) -> None:
+        """Fix π_old, π_ref and π_ω for every row that needs them, before the first update changes π_θ.
+
+        `in_parts`: more of the step follows, by `score`.
+        """
         self._visited, self._tally, self._updates = set(), Tally(), []
-        self._scored = {}
-        for mini_batch in batch.mini_batches:
-            for cpu_batch in mini_batch.micro_batches:
+        self._scored, self._seconds = {}, {"time/score": 0.0, "time/train": 0.0}
+        self.scorer.begin_step(in_parts=in_parts)
+        self.score(batch)
+
+    def score(self, batch: StepBatch) -> None:
+        """Fix the same for a later part of the step: π_old is π_θ before the step's first update, not of now."""
+        start = time.perf_counter()
+        with self.scorer.at_start():
+            for cpu_batch in chain.from_iterable(mini_batch.micro_batches for mini_batch in batch.mini_batches):
                 micro_batch = cpu_batch.to(self.world.device)
-                self._scored[micro_batch.index] = (micro_batch, self._scores(micro_batch))
-        self._seconds = {"time/score": time.perf_counter() - start, "time/train": 0.0}
+                self._scored[micro_batch.index] = (micro_batch, self.scorer.scores(micro_batch))
+        self._seconds["time/score"] += time.perf_counter() - start
 
     def update(self, mini_batch: MiniBatch) -> dict[str, float]:
         """One optimizer update. Returns its loss, kl, entropy, clip fractions, grad_norm and learning_rate.
@@ -196,19 +206,6 @@ class Learner:
             self.backend.restore(tensors, state["updates"])
         self.step, self.skipped_updates = state["step"], state["skipped_updates"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-
-    def _scores(self, batch: MicroBatch) -> Scores:
-        """The scoring passes that some row of this forward pass, on any rank, asks for."""
-        config, impl = self.config, self.config.learner.kernels
-        old_T = explorer_T = ref_T = None
-        temperature = config.rollout.temperature
-        if any(needs_old(correction_of(config.correction, source)) for source in batch.sources):
-            old_T = score(self.backend.forward, batch, temperature=temperature, impl=impl)
-        if self.reference is not None and (config.loss.kl_rows == "all" or Source.LEARNER in batch.sources):
-            ref_T = score(self.reference, batch, temperature=temperature, impl=impl)
-        if self.explorer is not None and Source.LEARNER in batch.sources:
-            explorer_T = score(self.explorer, batch, temperature=config.explorer.temperature, impl=impl)
-        return fix_scores(batch, config, old_T=old_T, explorer_T=explorer_T, ref_T=ref_T)
 
     def _accumulate(self, mini_batch: MiniBatch) -> tuple[float, np.ndarray, np.ndarray]:
         """Loss and measured sums of the update over all ranks, in one copy to the host; the gradient stays behind."""

@@ -15,11 +15,8 @@ def train(command: Command) -> None:
         for step in range(learner.step + 1, algorithm.steps + 1):  #             1
             for ahead in range(step, min(step + algorithm.lookahead, algorithm.steps) + 1):
                 stream.request(ahead)  #                                         2-15  G_w from π_ω, G_s from π_θ
-            groups = stream.collect(step)  #                                     16-18 rewards, advantages
-            batch = session.pack(groups)
-            learner.begin_step(batch)
-            for mini_batch in batch.updates(algorithm.epochs):  #                19
+            for mini_batch in session.updates.of(step):  #                       16-19 rewards, advantages
                 learner.update(mini_batch)  #                                    20
             metrics = learner.end_step()  #                                      21
             stream.publish(learner)
-            session.finish(step, groups, metrics)  #                             22-23 evaluation, checkpoint
+            session.finish(step, metrics)  #                                     22-23 evaluation, checkpoint

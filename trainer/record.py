@@ -16,7 +16,7 @@ from trainer.console import Console
 from trainer.report import write_report
 from trainer.run_directory import write_atomic
 from trainer.step_metrics import diversity_metrics, group_metrics
-from trainer.timeline import PROCESS, Span, trace_leases, trace_step, wait_shares
+from trainer.timeline import PROCESS, Part, Span, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
 
 
@@ -42,19 +42,25 @@ class Recorder:
         self._began_s = time.monotonic()
 
     def step(
-        self, step: int, groups: Sequence[Group], quota: Quota, metrics: Mapping[str, float], spans: Mapping[str, Span]
+        self,
+        step: int,
+        parts: Sequence[Part],
+        quota: Quota,
+        metrics: Mapping[str, float],
+        spans: Mapping[str, Sequence[Span]],
     ) -> None:
         """A step trained: its line, its rows and its spans."""
+        groups = [group for part in parts for group in part.groups]
         seconds = time.monotonic() - self._began_s
         tokens = sum(len(row.completion.tokens) for group in groups for row in group.rows)
         self._total_tokens += tokens
         throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
-        waited = wait_shares(groups, spans["wait"])
+        waited = wait_shares(parts)
         spread = self._diversity(step, groups)
         line = {"step": step, **group_metrics(groups, quota, step), **spread, **metrics, **waited, **throughput}
         self.console.step(self.log.write(line))
         write_rollouts(self.path, step, groups)
-        trace_step(self.tracer, step, groups, spans)
+        trace_step(self.tracer, step, parts, spans)
 
     def _diversity(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         if not self._diversity_every:

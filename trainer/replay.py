@@ -6,6 +6,7 @@ replay reaches the parameters of the run bit for bit, whatever its `lookahead` a
 """
 
 import time
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ class ReplayStream(GroupStream):
         super().__init__(world, None)
         self.run, self.demand = run, demand
 
-    def collect(self, step: int) -> tuple[Group, ...]:
+    def parts(self, step: int, prompts: int | None = None) -> Iterator[tuple[Group, ...]]:
         """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
         SIGNALS.check()
         with self.stages("wait"):
             by_source = self.demand.config.algorithm.mixing == "authors_code"
-            return read_groups(self.run, step, self.demand.prompts_at(step), by_source=by_source)
+            groups = read_groups(self.run, step, self.demand.prompts_at(step), by_source=by_source)
+        for start in range(0, len(groups), prompts or len(groups)):
+            yield groups[start : start + (prompts or len(groups))]
 
 
 def open_stream(run: Path | None, world: World, rollouts: Rollouts | None, demand: Demand) -> GroupStream:

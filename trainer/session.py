@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +16,10 @@ from core.confighelp import explain
 from core.configkeys import ConfigError
 from core.datasets import load_questions
 from core.metrics import read_metrics
-from core.schema import Group
 from rollout.mixer import Starved
 from rollout.pool import WorkersLost
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
-from trainer.batch import StepBatch, pack_step
 from trainer.checkpoint import newest_checkpoint
 from trainer.console import Console
 from trainer.devices import find_placement, memory_report, take_gpus
@@ -35,25 +32,26 @@ from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
+from trainer.updates import Updates
 from trainer.world import World
 
 
 class Session:
     """What the loop trains with. A context: whatever ends the run, workers stop and files are closed.
 
-    Attributes: config; world; learner, at the step it continues from; stream, which hands out groups; recorder, None on
-    all ranks but 0.
+    Attributes: config; world; learner, at the step it continues from; stream, which hands out groups; updates, made of
+    them; recorder, None on all ranks but 0.
     """
 
     world: World
     learner: Learner
     stream: GroupStream
+    updates: Updates
 
     def __init__(self, command: Command) -> None:
         self.command, self.config = command, command.config
         self.path = Path(self.config.run.dir).resolve()
         self.recorder: Recorder | None = None
-        self._packed: Sequence[Group] = ()
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -86,12 +84,6 @@ class Session:
         finally:
             self._closing.close()
 
-    def pack(self, groups: Sequence[Group]) -> StepBatch:
-        """This rank's part of the step's optimizer updates."""
-        self._packed = groups
-        with self.stream.stages("pack"):
-            return pack_step(groups, self.config, rank=self.world.rank, world_size=self.world.size)
-
     def evaluate_first(self) -> None:
         """Evaluate π_θ before its first step, or where a signal cut its last evaluation short."""
         if self._evaluation_due(self.learner.step):
@@ -99,11 +91,11 @@ class Session:
         if self.recorder is not None:
             self.recorder.begin()
 
-    def finish(self, step: int, groups: Sequence[Group], metrics: dict[str, float]) -> None:
+    def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
             quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics() | self._watch(metrics)
-            self.recorder.step(step, groups, quota, metrics, self.stream.stages.take(metrics["time/score"]))
+            self.recorder.step(step, self.updates.parts, quota, metrics, self.stream.stages.take())
         if self._evaluation_due(step):
             self._evaluate(step)
         if step == self.config.algorithm.steps or step % self.config.checkpoint.every == 0:
@@ -145,6 +137,7 @@ class Session:
         )
         rollouts = self._start_rollouts(directory, console, checkpoint) if self.world.is_main else None
         self.stream = open_stream(self.command.replay, self.world, rollouts, self.materials.demand)
+        self.updates = Updates(config, self.stream, self.learner, self.world)
         self.saver = Saver(
             self.path / "checkpoints", self.learner, rollouts, self.recorder, keep=config.checkpoint.keep
         )
@@ -206,7 +199,8 @@ class Session:
         assert self.recorder is not None
         alive(self.config.stream.starvation_s)
         self.recorder.console.waiting(what, seconds)
-        SIGNALS.check()
+        if not self.stream.within_step:  # half a step is not worth a checkpoint
+            SIGNALS.check()
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.evaluation.every
@@ -223,7 +217,7 @@ class Session:
     def _keep_evidence(self) -> None:
         """The completions of the step that the run ends in; those of a step that trained are written as it ends."""
         if self.recorder is not None:
-            write_rollouts(self.path, self.learner.step + 1, self._packed)
+            write_rollouts(self.path, self.learner.step + 1, self.updates.groups)
 
 
 def dry_run(config: Config) -> list[str]:

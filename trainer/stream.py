@@ -1,7 +1,7 @@
 """The stream of groups. Rank 0 owns workers, buffer and mixer (`Rollouts`); every rank gets the same groups."""
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,12 @@ class Rollouts:
         for other in (*versions[: max(newest + 1 - KEPT_WEIGHTS, 0)], *versions[newest + 1 :]):
             other.unlink()
 
-    def collect(self, step: int) -> tuple[Group, ...]:
-        """The groups of `step`. Once nothing is wanted of the explorers any more, they may be handed over."""
-        groups = self.mixer.collect(step)
-        hands_over = self.config.rollout.roles == "handover" and self._explorers_started
+    def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+        """Groups of `step`, as `Mixer.collect` gives them. Once nothing is wanted of the explorers any more, they may
+        be handed over."""
+        groups = self.mixer.collect(step, first=first, prompts=prompts)
+        is_last = prompts is None or len(groups) < prompts
+        hands_over = self.config.rollout.roles == "handover" and self._explorers_started and is_last
         if hands_over and not self._handed_over and self.mixer.explorer_is_done(step):
             self._handed_over = True
             self.pool.hand_over()
@@ -165,36 +167,52 @@ def _share_memory(config: Config, share: float) -> Config:
 class GroupStream:
     """What the loop sees, the same on every rank: `rollouts` is None on all but rank 0.
 
-    Example: stream.request(1); groups = stream.collect(1)
+    `within_step`: a part of a step was handed out, and not yet all of it.
+
+    Example: stream.request(1); [groups] = stream.parts(1)
     """
 
     def __init__(self, world: World, rollouts: Rollouts | None) -> None:
         self.world, self.rollouts = world, rollouts
-        self.stages = Stages()
+        self.stages, self.within_step = Stages(), False
 
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; asking again does nothing."""
         if self.rollouts is not None:
             self.rollouts.mixer.request(step)
 
-    def collect(self, step: int) -> tuple[Group, ...]:
-        """The groups of `step`, each with exactly its quota. Raises Stopped, on every rank, where a signal asked."""
+    def parts(self, step: int, prompts: int | None = None) -> Iterator[tuple[Group, ...]]:
+        """The groups of `step`, each with exactly its quota, in prompt order: all at once, or by `prompts`, each part
+        as soon as it is complete.
+
+        Raises Stopped, on every rank, where a signal asked before the first part; later the step ends first.
+        """
+        first = 0
         with self.stages("wait"):
             asked = torch.tensor([SIGNALS.asked])
             self.world.max_(asked)
             if asked:
                 raise Stopped(int(asked), between_steps=True)
-            if self.world.size > 1:
-                return self._shared(step)
-            assert self.rollouts is not None
-            return self.rollouts.collect(step)
+            groups = self._collect(step, first, prompts)
+        self.within_step = True
+        while groups:
+            yield groups
+            if prompts is None or len(groups) < prompts:
+                break
+            first = groups[-1].slot + 1
+            with self.stages("wait"):
+                groups = self._collect(step, first, prompts)
+        self.within_step = False
 
-    def _shared(self, step: int) -> tuple[Group, ...]:
-        """Rank 0's groups. No bytes: a signal ended its wait."""
+    def _collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+        """Rank 0's groups, on every rank. No bytes: a signal ended its wait."""
+        if self.world.size == 1:
+            assert self.rollouts is not None
+            return self.rollouts.collect(step, first, prompts)
         payload = None
         if self.rollouts is not None:
             try:
-                payload = msgspec.msgpack.encode(self.rollouts.collect(step))
+                payload = msgspec.msgpack.encode(self.rollouts.collect(step, first, prompts))
             except Stopped:
                 payload = b""
         received = self.world.broadcast_bytes(payload)

@@ -26,14 +26,24 @@ class Span(NamedTuple):
         return self.end_s - self.start_s
 
 
+class Part(NamedTuple):
+    """Groups that came together, and the trainer's wait for them.
+
+    Example: Part(groups=groups, wait=Span(start_s=12.5, end_s=12.9))
+    """
+
+    groups: tuple[Group, ...]
+    wait: Span
+
+
 class Stages:
-    """Spans of the trainer's stages since the last `take`; a stage happens once in a step.
+    """Spans of the trainer's stages since the last `take`, by name, in the order of their ends.
 
     Example: with stages("wait"): ...
     """
 
     def __init__(self) -> None:
-        self._spans: dict[str, Span] = {}
+        self._spans: dict[str, list[Span]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -41,44 +51,49 @@ class Stages:
         try:
             yield
         finally:
-            self._spans[name] = Span(start_s, time.monotonic())
+            self._spans.setdefault(name, []).append(Span(start_s, time.monotonic()))
 
     def seconds(self, name: str) -> float:
-        """How long a stage took; 0 where it did not happen."""
-        return self._spans[name].seconds if name in self._spans else 0.0
+        """How long a stage took in all; 0 where it did not happen."""
+        return sum(span.seconds for span in self._spans.get(name, ()))
 
-    def take(self, score_s: float) -> dict[str, Span]:
-        """The step's spans; between `pack` and `publish` the learner scored for `score_s`, then trained."""
+    def last(self, name: str) -> Span:
+        """When a stage happened last."""
+        return self._spans[name][-1]
+
+    def take(self) -> dict[str, list[Span]]:
+        """All spans, to begin anew."""
         spans, self._spans = self._spans, {}
-        if "pack" in spans and "publish" in spans:
-            scored_s = min(spans["pack"].end_s + score_s, spans["publish"].start_s)
-            spans["score"] = Span(spans["pack"].end_s, scored_s)
-            spans["train"] = Span(scored_s, spans["publish"].start_s)
-        return dict(sorted(spans.items(), key=lambda item: item[1].start_s))
+        return spans
 
 
-def wait_shares(groups: Sequence[Group], wait: Span) -> dict[str, float]:
-    """What the trainer waited for, in seconds that add up to the wait: the source that came last, then its reward.
+def wait_shares(parts: Sequence[Part]) -> dict[str, float]:
+    """What the trainer waited for, in seconds that add up to its waits: the source that came last, then its reward.
 
-    Workers of other hosts have other clocks: what does not lie within the wait counts as generation.
+    Workers of other hosts have other clocks: what does not lie within a wait counts as generation.
     """
-    rows = [row.completion for group in groups for row in group.rows]
-    last = max(rows, key=lambda completion: completion.finished_s)
-    generated_s = min(max(last.finished_s, wait.start_s), wait.end_s)
-    generation_s = generated_s - wait.start_s
-    shares = {f"time/wait_for_{source}": generation_s * (last.key.source is source) for source in Source}
-    return shares | {"time/wait_for_rewards": wait.end_s - generated_s}
+    shares = {f"time/wait_for_{name}": 0.0 for name in (*Source, "rewards")}
+    for groups, wait in parts:
+        rows = [row.completion for group in groups for row in group.rows]
+        last = max(rows, key=lambda completion: completion.finished_s)
+        generated_s = min(max(last.finished_s, wait.start_s), wait.end_s)
+        shares[f"time/wait_for_{last.key.source}"] += generated_s - wait.start_s
+        shares["time/wait_for_rewards"] += wait.end_s - generated_s
+    return shares
 
 
-def trace_step(tracer: Tracer, step: int, groups: Sequence[Group], spans: Mapping[str, Span]) -> None:
+def trace_step(tracer: Tracer, step: int, parts: Sequence[Part], spans: Mapping[str, Sequence[Span]]) -> None:
     """The stages of a step, its leases on the tracks of their workers, and an arrow from each lease to its updates."""
-    for name, span in spans.items():
-        tracer.add(PROCESS, name, name, span.start_s, span.end_s, {"step": step})
-    leases = trace_leases(tracer, f"step {step}", (row for group in groups for row in group.rows), {"step": step})
-    if "train" in spans:
-        into = Moment(PROCESS, "train", spans["train"].start_s)
-        for lease in leases:
-            tracer.arrow("trains", lease, into)
+    for name, members in spans.items():
+        for span in members:
+            tracer.add(PROCESS, name, name, span.start_s, span.end_s, {"step": step})
+    for groups, wait in parts:
+        rows = (row for group in groups for row in group.rows)
+        leases = trace_leases(tracer, f"step {step}", rows, {"step": step})
+        trains = next((span for span in spans.get("train", ()) if span.start_s >= wait.end_s), None)
+        if trains is not None:
+            for lease in leases:
+                tracer.arrow("trains", lease, Moment(PROCESS, "train", trains.start_s))
     tracer.flush()
 
 

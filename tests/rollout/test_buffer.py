@@ -5,7 +5,7 @@ import threading
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
 from rollout.buffer import ReplayBuffer
@@ -128,7 +128,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.buffer = new_buffer()
         self.trained: list[CompletionKey] = []
         self.produced = dict.fromkeys(Source, 0)  # since the last start
-        self.step = 1
+        self.step, self.part_taken = 1, False
 
     @rule(
         source=st.sampled_from(list(Source)), ahead=st.integers(-1, 2), slot=st.integers(0, 2), sample=st.integers(0, 2)
@@ -155,7 +155,16 @@ class BufferMachine(RuleBasedStateMachine):
         self.buffer.take(self.step, keys)
         self.trained += keys
         self.step += 1
+        self.part_taken = False
 
+    @rule(slot=st.integers(0, 2))
+    def train_a_part(self, slot: int) -> None:
+        keys = [key for key in self.buffer.scored(self.step) if key.slot == slot]
+        self.buffer.take(self.step, keys, last=False)
+        self.trained += keys
+        self.part_taken = True
+
+    @precondition(lambda self: not self.part_taken)  # checkpoints are made between steps
     @rule()
     def restart_from_a_checkpoint(self) -> None:
         saved = counts(self.buffer, self.produced)
@@ -168,6 +177,12 @@ class BufferMachine(RuleBasedStateMachine):
     @invariant()
     def conserved(self) -> None:
         assert counts(self.buffer, self.produced)["conserved"]
+
+    @invariant()
+    def counts_of_slots_are_those_of_the_rows(self) -> None:
+        for slot in range(3):
+            scored = sum(key.slot == slot for key in self.buffer.scored(self.step))
+            assert self.buffer.missing(self.step, [slot], 6) == 6 - scored
 
     @invariant()
     def at_most_once(self) -> None:

@@ -99,8 +99,8 @@ class World:
         )  # fmt: skip
         self.pool.receive = self.mixer.receive
 
-    def collect(self, step: int) -> tuple[Group, ...]:
-        """Answer whatever is asked for until the step is complete."""
+    def collect(self, step: int, **part: int) -> tuple[Group, ...]:
+        """Answer whatever is asked for until the step, or a part of it, is complete."""
         done = threading.Event()
 
         def serve() -> None:
@@ -111,7 +111,7 @@ class World:
         server = threading.Thread(target=serve)
         server.start()
         try:
-            return self.mixer.collect(step)
+            return self.mixer.collect(step, **part)
         finally:
             done.set()
             server.join()
@@ -238,10 +238,41 @@ def test_what_arrives_for_a_dropped_prompt_never_fills_another_prompt_s_place(
     world.buffer.drop_prompt(1, 2)
     for row in rows[:-1]:  # slot 3 lacks one
         world.mixer.receive("train", row)
-    eventually(lambda: world.buffer.missing(1, prompts=4, per_prompt=4) == 1, "all are scored")
+    eventually(lambda: world.buffer.missing(1, world.buffer.window(1, range(4)), 4) == 1, "all are scored")
     assert {key.slot for key in world.buffer.scored(1)} == {0, 1, 3}
     world.mixer.receive("train", rows[-1])
     assert [group.slot for group in world.mixer.collect(1)] == [0, 1, 3]
+
+
+def test_a_part_is_collected_before_the_rest_of_its_step_is_here(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.mixer.request(1)
+    rows = [row for lease in world.pool.leases if lease.step == 1 for row in completions_of(lease)]
+    for row in rows:
+        if row.key.slot != 1:
+            world.mixer.receive("train", row)
+    world.buffer.drop_prompt(1, 1)
+    assert [group.slot for group in world.mixer.collect(1, prompts=2)] == [0, 2]
+    world.mixer.receive("train", next(row for row in rows if row.key.slot == 0))  # its lease was given twice
+    assert world.report()["explorer"]["rejected"] == {"late": 1}
+    assert [group.slot for group in world.mixer.collect(1, first=3, prompts=2)] == [3]
+    assert not world.buffer.scored(1)
+    world.mixer.receive("train", rows[0])
+    assert world.report()["explorer"]["rejected"] == {"late": 2}
+
+
+def test_the_parts_of_a_step_are_the_step(make_world: Callable[..., World]) -> None:
+    fail = {"u0": "explorer:1 explorer:3", "u3": "learner:0"}
+    whole, parts = make_world(fail), make_world(fail)
+    for step in (1, 2):
+        for world in (whole, parts):
+            world.mixer.request(step)
+        expected = whole.collect(step)
+        groups = parts.collect(step, prompts=2)
+        groups += parts.collect(step, first=2, prompts=2)
+        assert parts.collect(step, first=4, prompts=2) == ()  # two were the last: nobody knew
+        assert groups == expected
+    assert parts.report() == whole.report()
 
 
 def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callable[..., World]) -> None:

@@ -172,7 +172,7 @@ class Trainer:
 
     def draw(self) -> bool:
         """Train the next step if it is complete."""
-        if self.step == STEPS or self.buffer.missing(self.step + 1, prompts=SLOTS * LEASES, per_prompt=SAMPLES):
+        if self.step == STEPS or self.buffer.missing(self.step + 1, range(SLOTS * LEASES), SAMPLES):
             return False
         self.step += 1
         keys = list(self.buffer.scored(self.step))

@@ -19,9 +19,8 @@ from core.schema import Group
 from trainer import deepspeed_backend
 from trainer.batch import pack_step
 from trainer.learner import Learner
+from trainer.updates import streams
 from trainer.world import World
-
-deepspeed_backend.PERSISTENT_ELEMENTS = 0  # tiny as they are, all parameters are sharded at stage 3
 
 
 def poison(learner):
@@ -35,15 +34,25 @@ def poison(learner):
 
 
 def train(learner, groups, world):
-    batch = pack_step(groups, learner.config, rank=world.rank, world_size=world.size)
-    learner.begin_step(batch)
-    for mini_batch in batch.updates(learner.config.algorithm.epochs):
-        learner.update(mini_batch)
+    """By mini-batches, as they would arrive: π_old is scored after updates too."""
+    config, index = learner.config, 0
+    size = config.algorithm.mini_batch_prompts if streams(config.algorithm) else len(groups)
+    for start in range(0, len(groups), size):
+        part = groups[start : start + size]
+        batch = pack_step(part, config, rank=world.rank, world_size=world.size, first_index=index)
+        index += sum(len(mini_batch.micro_batches) for mini_batch in batch.mini_batches)
+        if start:
+            learner.score(batch)
+        else:
+            learner.begin_step(batch, in_parts=size < len(groups))
+        for mini_batch in batch.mini_batches:
+            learner.update(mini_batch)
     return learner.end_step()
 
 
 def run(job, model_dir, work, world, steps):
     out = Path(job["out"])
+    deepspeed_backend.PERSISTENT_ELEMENTS = job["persistent"]
     config = msgspec.convert(job["config"], Config)
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
     model_dir = Path(job["model"] or model_dir)

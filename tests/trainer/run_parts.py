@@ -164,8 +164,8 @@ def told(on_step: Callable[[Session, int], None]) -> Callable[..., None]:
     """Session.finish, followed by `on_step(session, step)`."""
     original = Session.finish
 
-    def finish_and_tell(session: Session, step: int, groups: Any, metrics: Any) -> None:
-        original(session, step, groups, metrics)
+    def finish_and_tell(session: Session, step: int, metrics: Any) -> None:
+        original(session, step, metrics)
         on_step(session, step)
 
     return finish_and_tell

@@ -40,6 +40,7 @@ def settings(stage, **more):
 
 LORA = {"learner.lora_rank": 4, "learner.lora_alpha": 8, "learner.learning_rate": 2e-3}
 VARIANTS = {  # of the one-rank start
+    "persistent": settings(3),  # the parameters below half of the largest stay whole
     "packed": settings(3, **{"learner.micro_batch_tokens": 60, "learner.gradient_checkpointing": True}),
     "offload_optimizer": settings(2, **{"learner.offload": "optimizer"}),
     "offload_parameters": settings(3, **{"learner.offload": "parameters"}),
@@ -70,6 +71,7 @@ class Bench:
         return {
             "out": str(out), "config": config, "save": save, "poisoned": POISONED,
             "checkpoint": str(checkpoint) if checkpoint else None, "model": str(model) if model else None,
+            "persistent": 4000 if name == "persistent" else 0,  # else all are sharded at stage 3, tiny as they are
         }  # fmt: skip
 
     def plain(self, overrides, *, checkpoint=None, model=None):

@@ -57,6 +57,23 @@ def train(learner, groups):
     return learner.end_step()
 
 
+def train_in_parts(learner, groups):
+    """Mini-batch by mini-batch, as they would arrive; more passes follow."""
+    config, seen = learner.config, []
+    for start in range(0, len(groups), config.algorithm.mini_batch_prompts):
+        index = sum(len(mini_batch.micro_batches) for mini_batch in seen)
+        batch = pack_step(groups[start : start + config.algorithm.mini_batch_prompts], config, first_index=index)
+        if seen:
+            learner.score(batch)
+        else:
+            learner.begin_step(batch, in_parts=True)
+        seen += batch.mini_batches
+        learner.update(batch.mini_batches[0])
+    for mini_batch in seen * (config.algorithm.epochs - 1):
+        learner.update(mini_batch)
+    return learner.end_step()
+
+
 def same_bits(first, second):
     return all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
 
@@ -66,6 +83,31 @@ def spoil(groups, slot=0):
     group = groups[slot]
     bad = msgspec.structs.replace(group, advantages=(math.nan, *group.advantages[1:]))
     return [*groups[:slot], bad, *groups[slot + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"correction.learner.anchor": "sampler", "correction.learner.weight": "none"},  # no row needs π_old
+        {"correction.learner.weight": "mixture", "loss.kl_rows": "all", "algorithm.epochs": 2},
+        {"learner.micro_batch_tokens": 60},
+    ],
+)
+def test_a_step_that_trains_part_by_part_makes_the_same_updates(
+    tiny_config, made_up_groups, learner_dir, explorer_dir, overrides
+):
+    config = tiny_config(overrides)
+    whole, parts = (load(config, learner_dir, explorer_dir) for _ in range(2))
+    for seed in (1, 2):
+        groups = made_up_groups(prompts=5, explorer=2, learner=2, seed=seed)
+        expected, found = train(whole, groups), train_in_parts(parts, groups)
+        assert len(pack_step(groups, config).mini_batches) == 3
+        timings = {"time/score", "time/train"}
+        assert {k: v for k, v in found.items() if k not in timings} == {
+            k: v for k, v in expected.items() if k not in timings
+        }
+    assert same_bits(whole, parts)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +163,7 @@ def test_explorer_rows_anchored_at_the_sampler_cost_no_scoring_pass(
 ):
     scored = []
     monkeypatch.setattr(
-        "trainer.learner.score", lambda model, batch, **_: scored.append(batch) or torch.zeros_like(batch.sampler_T)
+        "trainer.scorer.score", lambda model, batch, **_: scored.append(batch) or torch.zeros_like(batch.sampler_T)
     )
     learner = load(tiny_config(), learner_dir)
     learner.begin_step(pack_step(made_up_groups(explorer=4, learner=0), learner.config))

@@ -76,7 +76,7 @@ def test_a_file_or_a_resume_beside_it_is_refused(asynchronous: Path) -> None:
 def test_other_prompts_and_gaps_are_refused(asynchronous: Path, tmp_path: Path) -> None:
     words = ["--replay", str(asynchronous), "run.seed=1", f"run.dir={tmp_path / 'a'}"]
     with pytest.raises(ValueError, match=r"keep run\.seed"), Session(parse_command(words)) as session:
-        session.stream.collect(1)
+        list(session.stream.parts(1))
     gap = tmp_path / "gap"
     (gap / "rollouts").mkdir(parents=True)
     (gap / "config.resolved.json").write_bytes((asynchronous / "config.resolved.json").read_bytes())

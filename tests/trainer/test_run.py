@@ -23,6 +23,7 @@ from core.anneal import explorer_quota
 from rollout.store import read_rollouts
 from trainer.checkpoint import verify
 from trainer.session import Session
+from trainer.tracer import read_trace
 
 QUOTAS = [(explorer_quota(step, group_size=4, anneal_steps=4)) for step in range(1, 7)]
 
@@ -65,6 +66,17 @@ def test_learner_rows_are_of_the_weights_of_the_step_before(reference: Path) -> 
     rows = read_rollouts(reference, columns=["step", "source", "version"]).to_pylist()
     assert {row["version"] for row in rows if row["source"] == "explorer"} == {0}
     assert all(row["version"] == row["step"] - 1 for row in rows if row["source"] == "learner")
+
+
+@pytest.mark.slow
+def test_a_step_trains_by_its_mini_batches_and_is_the_same_as_a_whole(
+    reference: Path, root: Path, tmp_path: Path
+) -> None:
+    whole = train_here(arguments(root, tmp_path / "run", algorithm__stream_mini_batches="false", data__eval=""))
+    assert run_parts.weights_bytes(whole) == run_parts.weights_bytes(reference)
+    for run_dir, parts in ((reference, 2), (whole, 1)):
+        spans = [event for event in read_trace(run_dir) if event["ph"] == "X" and event["name"] == "wait"]
+        assert Counter(span["args"]["step"] for span in spans) == dict.fromkeys(range(1, 7), parts + (parts > 1))
 
 
 def test_advantages_are_over_the_combined_group(reference: Path) -> None:

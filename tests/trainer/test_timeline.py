@@ -7,7 +7,7 @@ import pytest
 from core.config import Algorithm, Config
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from trainer.diagnosis import diagnosis
-from trainer.timeline import Span, Stages, trace_step, wait_shares
+from trainer.timeline import Part, Span, Stages, trace_step, wait_shares
 from trainer.tracer import Tracer, read_trace
 
 
@@ -41,7 +41,7 @@ ROWS = (
     ],
 )
 def test_a_wait_is_shared_out(wait: tuple[float, float], expected: tuple[float, float, float]) -> None:
-    shares = wait_shares([group(*ROWS)], Span(*wait))
+    shares = wait_shares([Part((group(*ROWS),), Span(*wait))])
     names = ("time/wait_for_explorer", "time/wait_for_learner", "time/wait_for_rewards")
     assert tuple(shares[name] for name in names) == pytest.approx(expected)
     assert sum(shares.values()) == pytest.approx(wait[1] - wait[0])
@@ -49,26 +49,34 @@ def test_a_wait_is_shared_out(wait: tuple[float, float], expected: tuple[float, 
 
 def test_the_explorer_is_named_where_it_came_last() -> None:
     rows = (scored(Source.LEARNER, "l", 1.0, 2.0), scored(Source.EXPLORER, "e", 1.0, 3.0))
-    assert wait_shares([group(*rows)], Span(2.5, 3.0))["time/wait_for_explorer"] == pytest.approx(0.5)
+    part = Part((group(*rows),), Span(2.5, 3.0))
+    assert wait_shares([part])["time/wait_for_explorer"] == pytest.approx(0.5)
+    assert wait_shares([part, part])["time/wait_for_explorer"] == pytest.approx(1.0)
 
 
-def test_scoring_and_training_lie_between_packing_and_publishing() -> None:
+def test_stages_add_up_and_are_taken_once() -> None:
     stages = Stages()
-    for name in ("wait", "pack", "publish"):
+    for name in ("wait", "train", "wait", "train"):
         with stages(name):
             pass
-    assert stages.seconds("wait") > 0
-    spans = stages.take(score_s=0.0)
-    assert list(spans) == ["wait", "pack", "score", "train", "publish"]
-    assert spans["score"].seconds == 0
-    assert spans["train"].end_s == spans["publish"].start_s
-    assert stages.take(0.0) == {}
+    first, second = stages._spans["wait"]
+    assert stages.seconds("wait") == first.seconds + second.seconds > 0
+    assert stages.last("wait") == second
+    assert stages.seconds("publish") == 0
+    spans = stages.take()
+    assert [len(spans[name]) for name in ("wait", "train")] == [2, 2]
+    assert stages.take() == {}
 
 
 def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
     tracer = Tracer(tmp_path)
-    spans = {"wait": Span(10.0, 12.5), "score": Span(12.6, 12.8), "train": Span(12.8, 14.0)}
-    trace_step(tracer, 1, [group(*ROWS)], spans)
+    spans = {
+        "wait": [Span(10.0, 11.0), Span(11.4, 12.5)],
+        "score": [Span(11.0, 11.1), Span(12.6, 12.8)],
+        "train": [Span(11.1, 11.4), Span(12.8, 14.0)],
+    }
+    parts = [Part((group(*rows),), wait) for rows, wait in zip((ROWS[:1], ROWS[1:]), spans["wait"])]
+    trace_step(tracer, 1, parts, spans)
     tracer.close()
     events = read_trace(tmp_path)
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -91,7 +99,8 @@ def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
     for start in starts:
         end = ends[start["id"]]
         assert (end["pid"], end["tid"]) == rows["trainer", "train"]
-        assert start["ts"] < end["ts"] == 12.8e6
+        assert start["ts"] < end["ts"]
+    assert sorted(end["ts"] for end in ends.values()) == [11.1e6, 12.8e6]  # the update that each part was for
 
 
 def line(**seconds: float) -> dict[str, float]:

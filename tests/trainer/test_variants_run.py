@@ -16,7 +16,6 @@ from core.schema import Group, Source
 from rollout.store import read_rollouts
 from trainer.batch import pack_step
 from trainer.learner import Learner
-from trainer.session import Session
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -31,18 +30,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recorded(root: Path) -> list[list[Group]]:
     """Groups of a run's three steps (2 + 2 rows of each source), and the run itself: small-only at half strength."""
     steps: list[list[Group]] = []
-    pack = Session.pack
-
-    def keep(session: Session, groups: list[Group]) -> object:
-        steps.append(list(groups))
-        return pack(session, groups)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "pack", keep)
-        train_here(arguments(
+    train_here(
+        arguments(
             root, root / "recorded", algorithm__schedule="constant", algorithm__alpha=0.5, algorithm__steps=3,
             data__eval="",
-        ))  # fmt: skip
+        ),
+        on_step=lambda session, step: steps.append(list(session.updates.groups)),
+    )  # fmt: skip
     return steps
 
 
