@@ -66,7 +66,7 @@ def forest(file: Path, results: Sequence[Result]) -> bool:
         axes.set_yticks(range(len(known)), [f"{one.label} · {one.measured}" for one in reversed(known)])
         axes.set_ylim(-0.6, len(known) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("difference in points, with its 95 % interval over seeds")
+        axes.set_xlabel("points, with 95 % interval")
         return _save(figure, axes, file, bool(known), legend=False)
 
 

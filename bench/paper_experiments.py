@@ -10,12 +10,12 @@ from bench.paper_statistics import Rule
 
 Statistic = Literal["final", "early", "curve", "regress", "ood", "matched"]
 STATISTICS: dict[Statistic, str] = {
-    "final": "pass@1 after the last step",
-    "early": "pass@1 a quarter into the training",
-    "curve": "pass@1, mean over the curve",
-    "regress": "pass@1 after the last step less the best before it",
-    "ood": "pass@1 out of domain after the last step",
-    "matched": "pass@1 where the cheaper arm's total FLOPs are spent",
+    "final": "final pass@1",
+    "early": "pass@1 at a quarter of the steps",
+    "curve": "pass@1 over the curve",
+    "regress": "final pass@1 less the best before",
+    "ood": "final pass@1 out of domain",
+    "matched": "pass@1 at equal FLOPs",
 }
 
 

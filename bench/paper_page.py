@@ -103,6 +103,8 @@ def _section(
         extra = _plot(out, key, lambda file: charts.compute_curves(file, rows, arms)) + compute_table(rows)
     elif key == "corrections":
         extra = corrections_table(rows, arms)
+    elif key == "table2":
+        extra = arms_table(rows, arms)
     else:
         extra = _plot(out, key, lambda file: charts.learning_curves(file, rows, arms)) + arms_table(rows, arms)
     if key in ("table4", "regime"):

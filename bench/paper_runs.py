@@ -141,7 +141,11 @@ class Runner:
                 self._say(f"{number}/{total} {job.arm} seed {job.seed} FAILED: {error}")
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(one, enumerate(missing, start=1)))
+            try:
+                list(pool.map(one, enumerate(missing, start=1)))
+            except BaseException:  # the pool waits for its threads, which wait for their children
+                self.stop()
+                raise
         if failures:
             raise RunFailed(f"{len(failures)} of {total} runs failed; the first: {failures[0]}")
         return [load(self._place(keys[job]), job) for job in jobs]

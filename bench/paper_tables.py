@@ -24,9 +24,9 @@ def arms_table(rows: Rows, arms: Sequence[str]) -> str:
     columns: dict[str, Pick] = {
         "before": lambda row: curve(row)[0],
         "after": lambda row: value(row, "final"),
-        "mean over curve": lambda row: value(row, "curve"),
+        "over curve": lambda row: value(row, "curve"),
         "pass@8 after": lambda row: curve(row, "eval/pass@8")[-1] if "eval/pass@8" in row["evaluations"][-1] else None,
-        "groups without gradient": lambda row: _points(row["means"]["frac_reward_zero_std"]),
+        "dead groups": lambda row: _points(row["means"]["frac_reward_zero_std"]),
         "out of domain": lambda row: value(row, "ood"),
     }
     return _arm_lines(rows, arms, columns)

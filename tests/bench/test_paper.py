@@ -142,10 +142,10 @@ def test_statistics_of_runs_become_verdicts():
         + [row("s2l", seed, [0.3, 0.35, 0.45 + seed / 500], 4) for seed in range(4)]
     )
     found = {(one.label, one.measured): one for one in results(find(["table1"])[0], rows)}
-    main_one = found["S2L-PO − GRPO", "pass@1 after the last step"]
+    main_one = found["S2L-PO − GRPO", "final pass@1"]
     assert main_one.verdict == "not reproduced"
     assert main_one.difference.mean == pytest.approx(-4.85)
-    assert found["S2L-PO, other explorer size − GRPO", "pass@1 after the last step"].verdict == "undecided"
+    assert found["S2L-PO, other explorer size − GRPO", "final pass@1"].verdict == "undecided"
     assert verdict_of(list(found.values())) == "not reproduced"
     matched = compare(rows, find(["compute"])[0].comparisons[0])
     # S2L-PO's completions are shorter here: GRPO is read off its curve where S2L-PO's FLOPs end, below its last value.
@@ -184,7 +184,7 @@ def test_the_page_is_one_file_that_needs_nothing(tmp_path):
     assert not re.search(r"https?://|src=\"(?!data:)|\$[a-z]", page)
     assert all(f'id="{experiment.key}"' in page for experiment in EXPERIMENTS)
     pictures = sorted(tmp_path.glob("*.png"))
-    assert page.count("data:image/png") == len(pictures) >= 15
+    assert page.count("data:image/png") == len(pictures) >= 14
     assert verdict_lines(rows, facts)[0].startswith("Table 1: S2L-PO against GRPO: ")
     assert write_page(tmp_path, [], facts | {"models": {}, "search": {}}).exists()
 

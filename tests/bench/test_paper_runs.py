@@ -1,6 +1,10 @@
 """The runner of bench.paper: what is done is not done again, arms are shared, a failure is said and loses nothing."""
 
 import json
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,28 @@ def test_a_real_child_is_waited_for(tmp_path):
     code, cpu_s = one._start(["sh", "-c", "echo hello; exit 3"], tmp_path / "log")
     assert (code, (tmp_path / "log").read_text()) == (3, "hello\n")
     assert cpu_s >= 0
+
+
+def test_an_interrupt_ends_the_runs_in_work(tmp_path):
+    """As SIGTERM does: the main thread leaves the pool, which would wait for every run that is left."""
+    child = [sys.executable, "-c", "import time; time.sleep(200)"]
+    one = Runner(tmp_path, jobs=2, say=lambda line: None)
+    one._launch = lambda command, log: one._start(child, log)
+
+    def interrupt():
+        while len(one._children) < 2:
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+
+    def handler(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(SystemExit), one:
+            one.run([job(seed=seed) for seed in range(6)])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not one._children
+    assert one.known([job(seed=seed) for seed in range(6)]) == []
