@@ -7,9 +7,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from bench.choose_explorer import Drawn
 from bench.paper import choose, commands, main, plan
 from bench.paper_data import choose_subset, write_splits
 from bench.paper_experiments import ARMS, EXPERIMENTS, find
+from bench.paper_measures import count, measure_other, premise
+from bench.paper_models import LlamaRecipe, build_llama
 from bench.paper_page import verdict_lines, write_page
 from bench.paper_results import by_arm, compare, results, size_results, summarise, verdict_of
 from bench.paper_reward import countdown
@@ -238,3 +241,17 @@ def test_one_real_arm(tmp_path):
     assert found["rollout_flops"] > 0
     assert (run.model / "config.json").exists()
     assert msgspec.json.decode((run.model.parent / "result.json").read_bytes())["arm"] == "abrupt"
+
+
+def test_what_is_measured_before_training(tmp_path):
+    config = LlamaRecipe(explorer=Shape(layers=1, hidden=32, heads=1, intermediate=16, init_std=0.1))
+    model = build_llama(config.explorer, config)
+    model.save_pretrained(tmp_path)
+    assert count(tmp_path) == model.num_parameters()
+    run = finished(Job("s2l", 0, ()), [0.3, 0.4])
+    assert measure_other(paper_scale(), run) is None
+    hard = premise(Drawn([], [], [0, 0, 32, 16], 0.0), Drawn([], [], [16, 0, 32, 16], 0.0))
+    assert hard["prompts"] == 4
+    assert hard["all_fail"] == pytest.approx(0.5, abs=0.01)
+    assert hard["learner pass@8"] == pytest.approx(0.5, abs=0.01)
+    assert hard["difference"][0] == pytest.approx(0.25, abs=0.01)
