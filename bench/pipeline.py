@@ -9,21 +9,12 @@ Every row has the machine's load average: where others use the processors, quote
 """
 
 import argparse
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from bench import pipeline_fakes, pipeline_wire
+from bench import pipeline_fakes, pipeline_real, pipeline_wire
 from bench.measure import record, table
-from core.metrics import is_evaluation, read_metrics
 
 PARTS = ("fakes", "roles", "wire", "real")
-REPOSITORY = Path(__file__).resolve().parents[1]
-WARM_STEPS = 3
 
 
 def fakes(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -55,31 +46,8 @@ def wire(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def real(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The embedded run, lookahead 0 and 1 in turn; medians over the steps after the first ones."""
-    rows = []
-    for number in range(options.rounds):
-        for lookahead in (0, 1):
-            rows.append(_real(lookahead, number, options.real_steps))
-    return rows
-
-
-def _real(lookahead: int, number: int, steps: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
-        words = [f"run.dir={folder}/run", f"algorithm.lookahead={lookahead}", f"algorithm.steps={steps}"]
-        words += [f"algorithm.anneal_steps={steps // 4}", f"checkpoint.every={steps}", "data.eval="]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, str(REPOSITORY / "trainer" / "main.py"), *words]
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
-        lines = [line for line in read_metrics(Path(folder) / "run") if not is_evaluation(line)]
-    steady, last = lines[WARM_STEPS:], lines[-max(steps // 5, 1) :]
-    return {
-        "case": "real", "lookahead": lookahead, "round": number, "steps": steps,
-        "step_s": statistics.median(line["step_time"] for line in steady),
-        "wait_s": statistics.median(line["time/wait_for_batch"] for line in steady),
-        "tokens_per_s": statistics.median(line["tokens_per_second"] for line in steady),
-        "mixed_versions": statistics.mean(line["off_policy/mixed_versions"] for line in steady),
-        "last_reward": statistics.mean(line["reward"] for line in last), "loadavg": os.getloadavg()[0],
-    }  # fmt: skip
+    """The embedded family, lookahead 0 and 1 in turn, by seed."""
+    return pipeline_real.measure(options.rounds, options.real_steps)
 
 
 def main() -> None:
@@ -91,8 +59,8 @@ def main() -> None:
     add("--train-s", type=float, default=0.4, help="seconds of training (fakes)")
     add("--workers", type=int, default=1, help="explorer processes (wire)")
     add("--seconds", type=float, default=60.0, help="longest measurement (wire)")
-    add("--rounds", type=int, default=3, help="repetitions (real)")
-    add("--real-steps", type=int, default=20)
+    add("--rounds", type=int, default=3, help="seeds (real)")
+    add("--real-steps", type=int, default=40)
     options = parser.parse_args()
     for part in options.parts:
         rows = {"fakes": fakes, "roles": roles, "wire": wire, "real": real}[part](options)

@@ -116,8 +116,8 @@ def run_ours(name: str, config: Config, folder: Path) -> dict[str, Any]:
         found = folder / "run" / FILE_NAME
         return [line for line in read_metrics(folder / "run") if not is_evaluation(line)] if found.exists() else []
 
-    cpu_s = run_watched([*command, *case["words"]], 1, folder / "log", lambda: len(lines()), steps)
-    return summary_of_ours(lines(), config, alone="algorithm.lookahead=0" in case["words"]) | {"cpu_s": cpu_s}
+    cost = run_watched([*command, *case["words"]], 1, folder / "log", lambda: len(lines()), steps)
+    return summary_of_ours(lines(), config, alone="algorithm.lookahead=0" in case["words"]) | {"cpu_s": cost.cpu_s}
 
 
 def summary_of_ours(lines: list[dict[str, Any]], config: Config, *, alone: bool) -> dict[str, Any]:
@@ -147,10 +147,10 @@ def run_rival(
     }), "utf-8")  # fmt: skip
     command = [str(python), *_launcher(ranks), "-m", "bench.trl_rival", str(job)]
     log = folder / "log"
-    cpu_s = run_watched(
+    cost = run_watched(
         command, case["threads"], log, lambda: log.read_text("utf-8").count(MARK), config.algorithm.steps
     )
-    return summary_of_rival(log.read_text("utf-8"), config) | {"cpu_s": cpu_s}
+    return summary_of_rival(log.read_text("utf-8"), config) | {"cpu_s": cost.cpu_s}
 
 
 def summary_of_rival(output: str, config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -15,10 +16,24 @@ WARM_STEPS = 3
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_watched(command: list[str], threads: int, log: Path, steps_done: Callable[[], int], steps: int) -> float:
-    """Run a command that must succeed; processor seconds of a step, over the steps after the first ones."""
+class Cost(NamedTuple):
+    """Processor seconds of a step: of the program itself, and of all that it started.
+
+    Example: Cost(own_s=0.45, children_s=0.16)
+    """
+
+    own_s: float
+    children_s: float
+
+    @property
+    def cpu_s(self) -> float:
+        return self.own_s + self.children_s
+
+
+def run_watched(command: list[str], threads: int, log: Path, steps_done: Callable[[], int], steps: int) -> Cost:
+    """Run a command that must succeed; what a step costs, over the steps after the first ones."""
     environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
-    marks: list[tuple[int, float]] = []
+    marks: list[tuple[int, Cost]] = []
     with log.open("w", encoding="utf-8") as file:
         process = psutil.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -34,17 +49,20 @@ def run_watched(command: list[str], threads: int, log: Path, steps_done: Callabl
     whole = [mark for mark in marks if mark[0] < steps]  # with the last step, processes begin to end
     if process.returncode or len(whole) < 2:
         raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}: {log.read_text('utf-8')[-3000:]}")
-    (first, start_s), (last, end_s) = whole[0], whole[-1]
-    return (end_s - start_s) / (last - first)
+    (first, start), (last, end) = whole[0], whole[-1]
+    return Cost(*((b - a) / (last - first) for a, b in zip(start, end)))
 
 
-def _processor_s(process: psutil.Process) -> float:
-    """User and system seconds of a process and all that it started and that still runs."""
-    seconds, family = 0.0, [process]
-    with suppress(psutil.NoSuchProcess):
-        family += process.children(recursive=True)
-    for one in family:
+def _processor_s(process: psutil.Process) -> Cost:
+    """User and system seconds so far, of all that still runs."""
+
+    def seconds(one: psutil.Process) -> float:
         with suppress(psutil.NoSuchProcess):
             times = one.cpu_times()
-            seconds += times.user + times.system
-    return seconds
+            return float(times.user + times.system)
+        return 0.0
+
+    children: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        children = process.children(recursive=True)
+    return Cost(seconds(process), sum(seconds(child) for child in children))
