@@ -44,6 +44,12 @@ class Algorithm(Section, frozen=True, kw_only=True):
     stream_mini_batches: Annotated[bool, Meta(description="Train each mini-batch of a step as soon as its prompts are complete (the updates are the same); costs a copy of the weights for π_old. Off: wait for the whole step.")] = True
     lookahead: Annotated[int, Meta(description="Steps of learner rollouts in flight while a step trains; 0 is Algorithm 1 to the letter.", ge=0)] = 0
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a step trains part by part: not where its first update takes rows of every prompt (authors_code)."""
+        several = self.prompts_per_step > self.mini_batch_prompts
+        return self.stream_mini_batches and several and self.mixing != "authors_code"
+
 
 class Loss(Section, frozen=True, kw_only=True):
     ratio: Annotated[Literal["token", "sequence", "cispo"], Meta(description="Token ratio with PPO clip, sequence ratio (GSPO), or CISPO's clipped detached ratio.")] = "token"
@@ -63,6 +69,11 @@ class SourceCorrection(Section, frozen=True, kw_only=True):
     cap: Annotated[float, Meta(description="Upper bound of token_tis, sequence_tis and of mixture at α = 1.", gt=0)] = 2.0
     low: Annotated[float, Meta(description="Lower end of the band of icepop and geometric_mask.", ge=0)] = 0.5
     high: Annotated[float, Meta(description="Upper end of the band of icepop and geometric_mask.", gt=0)] = 5.0
+
+    @property
+    def needs_old(self) -> bool:
+        """True where rows under these settings need a forward pass for π_old at the start of the step."""
+        return self.anchor == "learner" or self.weight != "none"
 
 
 class Correction(Section, frozen=True, kw_only=True):

@@ -105,6 +105,8 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     }
     if config.loss.kl_coef > 0 and not settings.lora_rank:  # else it is the learner without its adapters
         parts["reference"] = width * count // shards["weights"]
+    if _keeps_old(config):
+        parts["weights of π_old"] = held * width * trained // shards["weights"]
     if explorer is not None:
         parts["explorer, scored"] = width * explorer.parameters // shards["weights"]
     if stage:
@@ -125,13 +127,19 @@ def _held_and_trained(config: Config, learner: ModelShape) -> tuple[int, int]:
     return learner.parameters + adapters, adapters or learner.parameters
 
 
+def _keeps_old(config: Config) -> bool:
+    """Whether rows are scored with the weights of the step's start after these have changed."""
+    needed = config.correction.explorer.needs_old or config.correction.learner.needs_old
+    return config.algorithm.in_parts and needed
+
+
 def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:
     """Host memory of one trainer rank that offloading takes: moments, masters and, if asked, weights."""
     if config.learner.offload == "none":
         return 0
     count, trained = _held_and_trained(config, learner)
-    weights = BYTES[config.learner.dtype] * count if config.learner.offload == "parameters" else 0
-    return (12 * trained + weights) // ranks
+    held = count + trained * _keeps_old(config) if config.learner.offload == "parameters" else 0
+    return (12 * trained + BYTES[config.learner.dtype] * held) // ranks
 
 
 def tokens_per_pass(config: Config) -> int:

@@ -46,11 +46,6 @@ def correction_of(correction: Correction, source: Source) -> SourceCorrection:
     return correction.explorer if source is Source.EXPLORER else correction.learner
 
 
-def needs_old(settings: SourceCorrection) -> bool:
-    """True where rows under these settings need a forward pass for π_old at the start of the step."""
-    return settings.anchor == "learner" or settings.weight != "none"
-
-
 def needs_explorer_scores(correction: Correction) -> bool:
     """True where learner rows need the explorer's log-probs, and so the explorer's weights on the trainer."""
     return correction.learner.weight == "mixture"

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.config import Config, Correction
 from core.schema import Source
 from kernels.arguments import Implementation
-from trainer.correction import Evidence, correction_of, correction_weight, needs_old
+from trainer.correction import Evidence, correction_of, correction_weight
 from trainer.micro_batch import SOURCES, MicroBatch
 
 
@@ -61,7 +61,7 @@ def fix_scores(
     anchor_T, is_weight_T = batch.sampler_T, None
     for position, source in enumerate(SOURCES):
         settings = correction_of(config.correction, source)
-        if source not in batch.sources or not needs_old(settings):
+        if source not in batch.sources or not settings.needs_old:
             continue
         assert old_T is not None, f"{source} rows need π_old"
         selected_T = batch.source_T == position
@@ -109,7 +109,7 @@ def policy_objective(forward: Forward, batch: MicroBatch, scores: Scores, config
 
 def scored_by_learner(correction: Correction, batch: MicroBatch) -> Tensor:
     """bool [T]: tokens whose source asks for π_old."""
-    flags = [needs_old(correction_of(correction, source)) for source in SOURCES] + [False]  # the last: NO_SOURCE = -1
+    flags = [correction_of(correction, source).needs_old for source in SOURCES] + [False]  # the last: NO_SOURCE = -1
     return torch.tensor(flags, device=batch.source_T.device)[batch.source_T]
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from core.config import Config
 from core.schema import Source
 from trainer.backend import Backend
-from trainer.correction import correction_of, needs_old
+from trainer.correction import correction_of
 from trainer.micro_batch import MicroBatch
 from trainer.objective import Forward, Scores, fix_scores, score
 
@@ -30,7 +30,7 @@ class Scorer:
     def begin_step(self, *, in_parts: bool) -> None:
         """π_old is π_θ as it is now; `in_parts`: rows will still be scored after updates, so its weights are kept."""
         self.at_start = nullcontext
-        if in_parts and any(needs_old(correction_of(self.config.correction, source)) for source in Source):
+        if in_parts and any(correction_of(self.config.correction, source).needs_old for source in Source):
             self.backend.start.keep()
             self.at_start = self.backend.start
 
@@ -39,7 +39,7 @@ class Scorer:
         config, impl = self.config, self.config.learner.kernels
         old_T = explorer_T = ref_T = None
         temperature = config.rollout.temperature
-        if any(needs_old(correction_of(config.correction, source)) for source in batch.sources):
+        if any(correction_of(config.correction, source).needs_old for source in batch.sources):
             old_T = score(self.backend.forward, batch, temperature=temperature, impl=impl)
         if self.reference is not None and (config.loss.kl_rows == "all" or Source.LEARNER in batch.sources):
             ref_T = score(self.reference, batch, temperature=temperature, impl=impl)

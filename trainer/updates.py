@@ -6,19 +6,13 @@ whether the step was waited for as a whole: both give the same parameters, bit f
 
 from collections.abc import Iterator, Sequence
 
-from core.config import Algorithm, Config
+from core.config import Config
 from core.schema import Group
 from trainer.batch import MiniBatch, pack_step
 from trainer.learner import Learner
 from trainer.stream import GroupStream
 from trainer.timeline import Part
 from trainer.world import World
-
-
-def streams(algorithm: Algorithm) -> bool:
-    """Whether a step trains part by part: not where its first update takes rows of every prompt (`authors_code`)."""
-    several = algorithm.prompts_per_step > algorithm.mini_batch_prompts
-    return algorithm.stream_mini_batches and several and algorithm.mixing != "authors_code"
 
 
 class Updates:
@@ -39,7 +33,7 @@ class Updates:
     def of(self, step: int) -> Iterator[MiniBatch]:
         """This rank's part of the step's updates, in their order, scored: `algorithm.epochs` passes over each phase."""
         algorithm, stages = self.config.algorithm, self.stream.stages
-        in_parts = streams(algorithm)
+        in_parts = algorithm.in_parts
         self.parts, seen = [], list[MiniBatch]()
         for groups in self.stream.parts(step, algorithm.mini_batch_prompts if in_parts else None):
             self.parts.append(Part(groups, stages.last("wait")))

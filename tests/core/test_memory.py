@@ -61,6 +61,17 @@ def test_plain_torch_holds_everything_on_every_rank() -> None:
     assert "reference" not in single
 
 
+def test_a_step_that_trains_in_parts_keeps_the_weights_of_pi_old() -> None:
+    name = "weights of π_old"
+    assert trainer_parts(config(), LARGE, None, ranks=1)[name] == 2 * P
+    for words in (
+        ["algorithm.stream_mini_batches=false"],
+        ["algorithm.mini_batch_prompts=1024"],  # the whole step
+        ["correction.learner.weight=none", "correction.learner.anchor=sampler"],
+    ):
+        assert name not in trainer_parts(config(*words), LARGE, None, ranks=1)
+
+
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "optimizer", "masters"),
     [(0, 2, 6, 8, 4), (1, 2, 6, 2, 1), (2, 2, 1, 2, 1), (3, 0.5, 1, 2, 1)],
@@ -83,7 +94,9 @@ def test_offloaded_states_are_in_host_memory() -> None:
     assert host_bytes(optimizer, LARGE, ranks=2) == 6 * P
     everything = config(*words, "learner.offload=parameters")
     assert "weights" not in trainer_parts(everything, LARGE, None, ranks=2)
-    assert host_bytes(everything, LARGE, ranks=2) == 7 * P
+    assert host_bytes(everything, LARGE, ranks=2) == 8 * P  # π_old's weights with the others
+    whole = config(*words, "learner.offload=parameters", "algorithm.stream_mini_batches=false")
+    assert host_bytes(whole, LARGE, ranks=2) == 7 * P
     assert host_bytes(config(), LARGE, ranks=2) == 0
 
 

@@ -19,7 +19,6 @@ from core.schema import Group
 from trainer import deepspeed_backend
 from trainer.batch import pack_step
 from trainer.learner import Learner
-from trainer.updates import streams
 from trainer.world import World
 
 
@@ -36,7 +35,7 @@ def poison(learner):
 def train(learner, groups, world):
     """By mini-batches, as they would arrive: π_old is scored after updates too."""
     config, index = learner.config, 0
-    size = config.algorithm.mini_batch_prompts if streams(config.algorithm) else len(groups)
+    size = config.algorithm.mini_batch_prompts if config.algorithm.in_parts else len(groups)
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
         batch = pack_step(part, config, rank=world.rank, world_size=world.size, first_index=index)

@@ -10,7 +10,6 @@ from trainer.correction import (
     Evidence,
     correction_weight,
     needs_explorer_scores,
-    needs_old,
 )
 
 LENGTHS = (3, 1, 4)
@@ -114,7 +113,7 @@ def test_on_policy_rows_weigh_exactly_one(name):
     [("sampler", "none", False), ("learner", "none", True), ("sampler", "token_tis", True), ("sampler", "luffy", True)],
 )
 def test_which_rows_need_the_old_policy(anchor, name, expected):
-    assert needs_old(SourceCorrection(anchor=anchor, weight=name)) is expected
+    assert SourceCorrection(anchor=anchor, weight=name).needs_old is expected
 
 
 def test_only_mixture_on_learner_rows_needs_the_explorer(tiny_config):
@@ -155,4 +154,4 @@ def test_a_ratio_to_truncated_log_probs_is_refused_by_key(tiny_config, overrides
 def test_ratios_of_one_kind_pass(tiny_config, overrides):
     config = tiny_config(overrides)
     check_config(config)
-    assert needs_old(config.correction.learner)
+    assert config.correction.learner.needs_old
