@@ -17,7 +17,7 @@ from bench.watched import REPOSITORY, WARM_STEPS, run_watched
 from core.metrics import FILE_NAME, is_evaluation, read_metrics
 from trainer.family import default_cache_root, embedded_family
 
-LEASE_PROMPTS = 4
+LEASE_PROMPTS = 2
 SETTINGS = ["algorithm.anneal_steps=0", "data.eval=", "evaluation.diversity_every=0", "loss.kl_coef=0",
             "correction.learner.anchor=sampler", "correction.learner.weight=none", "learner.micro_batch_tokens=2048",
             f"rollout.lease_prompts={LEASE_PROMPTS}"]  # fmt: skip
