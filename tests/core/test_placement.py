@@ -46,6 +46,25 @@ def test_who_gets_which_gpu(
     assert (found.trainer, found.learner, found.explorer) == (trainer, learner, explorer)
 
 
+@pytest.mark.parametrize(
+    ("replicas", "width", "ranks", "gpus"), [(4, 1, 4, 8), (3, 2, 2, 8), (2, 4, 8, 16), (1, 8, 8, 16)]
+)
+def test_replicas_take_their_own_gpus_replicas_times_width_in_all(
+    replicas: int, width: int, ranks: int, gpus: int
+) -> None:
+    words = (f"rollout.processes={replicas}", f"rollout.tensor_parallel={width}", "rollout.engine=vllm")
+    grpo = "algorithm.anneal_steps=0"
+    found = place(config(*words, grpo), gpus, ranks=ranks)
+    taken = [gpu for block in found.learner for gpu in block]
+    assert [len(block) for block in found.learner] == [width] * replicas
+    assert len(set(taken)) == replicas * width <= gpus - ranks
+    assert not set(taken) & set(found.trainer)
+    assert found.memory_share == pytest.approx(0.9)  # each GPU holds a part of one engine
+    named = place(config(*words, grpo, f"placement.learner={taken[::-1]}"), gpus, ranks=ranks)
+    assert [gpu for block in named.learner for gpu in block] == taken[::-1]
+    assert named.memory_share == pytest.approx(0.9)
+
+
 def test_engines_of_one_gpu_share_its_memory() -> None:
     assert place(config(), 1).memory_share == pytest.approx(0.45)
     assert place(config(), 3).memory_share == pytest.approx(0.9)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import vllm_scores
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,14 +24,14 @@ from trainer.learner import Learner
 from trainer.lora import whole_weights
 from trainer.world import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 STAGES = (0, 1, 2, 3)
 SAVED, NAN_LOSS, POISONED = 1, 1, 2  # a checkpoint after the first step; the second and third are skipped
 PROGRAM = Path(__file__).with_name("deepspeed_ranks.py")
 REPOSITORY = PROGRAM.parents[2]
-HANG_GUARD_S = 280.0
+HANG_GUARD_S = 400.0
 SETTINGS = {"learner.learning_rate": 2e-4, "learner.warmup_updates": 2, "learner.max_nonfinite_updates": 9}
 
 
@@ -269,3 +270,23 @@ def trained_names(bench):
         bench.make_config(SETTINGS | LORA), model_dir=bench.learner_dir, explorer_dir=None, world=WORLD
     )
     return [name for name, _ in learner.backend.weights(trained=True)]
+
+
+def test_vllm_serves_what_sharded_ranks_saved(bench):
+    """Whole and adapted weights; the reference is transformers on the same directory."""
+    folders = [bench.work / name / "checkpoint" for name in ("ranks_4_stage_3", "lora_3")]
+    done = subprocess.run(
+        [sys.executable, vllm_scores.__file__, *map(str, folders)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True, text=True, timeout=HANG_GUARD_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    drawn = json.loads(done.stdout.splitlines()[-1])
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for prompt, (tokens, logprobs) in zip(vllm_scores.PROMPTS, drawn[str(folder)], strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            assert len(tokens) > 1
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-4)
