@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "torch packed": {"backend": "torch", "packed": True},
     **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
     "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
+    "torch packed, LoRA": {"backend": "torch", "packed": True, "lora_rank": 32},
 }
 
 
@@ -95,7 +96,7 @@ def make_config(case: dict[str, Any], shape: str) -> Config:
     longest, cuda = SHAPES[shape][-1], torch.cuda.is_available()
     settings = LearnerSettings(
         backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0),
-        learning_rate=1e-6, warmup_updates=0,
+        learning_rate=1e-6, warmup_updates=0, lora_rank=case.get("lora_rank", 0),
         dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
         micro_batch_tokens=4 * longest if case.get("packed") else 0,
     )  # fmt: skip

@@ -1,14 +1,18 @@
-"""Tokens per second of the embedded engine beside transformers' generate, and the bound that matrix products set.
+"""Tokens per second of both engines beside transformers' generate, and the bound that matrix products set.
 
 The model has the tiny learner's shape and random weights. All cases answer the same prompts, eight samples a prompt, as
 a group of GRPO does. `fixed` draws 24 tokens a row; `stop` ends rows at a stop token and counts the tokens up to it.
 transformers gets its plainest settings: no truncation, and log-probs (which the engine always gives) only in the case
 that says so. On CPU the seconds are CPU seconds.
 
+Then, for `fixed`, each engine in a process of its own (bench.engines; vLLM where it is installed), with the time of a
+weight update in the middle of a batch. `ratio` there is to `generate` of the same batch size.
+
     OMP_NUM_THREADS=1 python -m bench.rollout [--rows 64 256 1024] [--rounds 15]
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -20,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from bench.engines import in_child
 from bench.measure import interleave, record, table
 from core.schema import Sampling
 from rollout.engine import Request
@@ -152,6 +157,19 @@ def measure(directory: Path, rows: int, *, stop: bool, rounds: int) -> dict[str,
     }
 
 
+def engines(directory: Path, generate: dict[int, float], rounds: int) -> list[dict[str, Any]]:
+    """Both engines at the batch sizes of `generate` (tokens per second by rows)."""
+    sizes = [str(rows) for rows in generate]
+    found = []
+    for name in ("torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])):
+        arguments = ("--rows", *sizes, "--rounds", str(rounds), "--new-tokens", str(NEW_TOKENS))
+        found += in_child(name, directory, *arguments)
+    for row in found:
+        row |= {"workload": "fixed", "ratio": row["tokens_s"] / generate[row["rows"]]}
+        row |= {"generate_tokens_s": generate[row["rows"]], "load": round(os.getloadavg()[0], 1)}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024], help="batch sizes, multiples of 8")
@@ -166,10 +184,13 @@ def main() -> None:
             for stop in (False, True)
             for rows in options.rows
         ]
+        beside = {row["rows"]: row["generate_tokens_s"] for row in results if row["workload"] == "fixed"}
+        alone = engines(Path(directory), beside, max(1, options.rounds // 3))
     columns = [name for name in results[0] if name not in ("rounds", "transformers")]
     print(table(results, columns))
     print(f"medians of {options.rounds} interleaved rounds, {torch.get_num_threads()} thread(s)")
-    print(f"recorded in {record('rollout', results)}")
+    print(table(alone, ["engine", "rows", "tokens_s", "generate_tokens_s", "ratio", "update_s", "load_s"]))
+    print(f"recorded in {record('rollout', [*results, *alone])}")
 
 
 if __name__ == "__main__":
