@@ -26,6 +26,8 @@ SCHEMA = pa.schema(
         ("advantage", pa.float64()),
         ("finish", pa.string()),  # "stop" or "length"
         ("version", pa.int32()),  # optimizer steps behind the weights that sampled it; 0 for an explorer
+        # Where weights changed on the way: (first token, version) of each stretch; empty where `version` made them all.
+        ("spans", pa.list_(pa.struct([("first", pa.int32()), ("version", pa.int32())]))),
         ("worker", pa.string()),
     ]
 )
@@ -89,6 +91,7 @@ def _table(groups: Sequence[Group]) -> pa.Table:
         "advantage": [group.advantages[place] for group, place in pairs],
         "finish": [completion.finish for completion in completions],
         "version": [completion.version for completion in completions],
+        "spans": [[{"first": first, "version": version} for first, version in c.spans] for c in completions],
         "worker": [completion.worker for completion in completions],
     }
     return pa.table(columns, schema=SCHEMA)

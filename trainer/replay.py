@@ -110,6 +110,7 @@ def _scored(row: dict[str, Any]) -> ScoredCompletion:
         logprob_bytes=pack_logprobs(row["logprobs"]),
         finish=row["finish"],
         version=row["version"],
+        spans=tuple((span["first"], span["version"]) for span in row["spans"]),
         worker=row["worker"],
         started_s=now,
         finished_s=now,

@@ -19,6 +19,7 @@ def group(step, slot, explorer=1, learner=2):
                 logprob_bytes=pack_logprobs([-0.1 * place for place in range(size)]),
                 finish="stop",
                 version=0 if source is Source.EXPLORER else step - 1,
+                spans=((0, step - 1), (1, step)) if (source, size) == (Source.LEARNER, 3) else (),
                 worker=f"{source.value}-0",
                 started_s=1.0,
                 finished_s=2.0,
@@ -43,6 +44,8 @@ def test_every_row_reads_back_with_its_types(tmp_path):
     np.testing.assert_array_equal(np.float32(last["logprobs"]), np.float32([0.0, -0.1, -0.2]))
     assert (last["reward"], last["advantage"]) == (1.0, -1.5)
     assert (last["finish"], last["version"], last["worker"]) == ("stop", 2, "learner-0")
+    assert last["spans"] == [{"first": 0, "version": 2}, {"first": 1, "version": 3}]
+    assert rows[0]["spans"] == []
 
 
 def test_files_are_zstd_and_the_fragment_is_gone(tmp_path):

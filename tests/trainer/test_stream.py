@@ -1,16 +1,20 @@
-"""What a checkpoint keeps of the stream is of one moment."""
+"""The stream of groups: parts of steps, signals, and what a checkpoint keeps of one moment."""
 
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
+from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.ledger import Ledger
-from trainer.stream import Rollouts
+from trainer.signals import SIGNALS, Stopped
+from trainer.stream import GroupStream, Rollouts
+from trainer.world import World
 
 
 def completion(sample: int) -> Completion:
@@ -35,6 +39,54 @@ class CountingPool:
 class NoMixer:
     def resume(self, step: int) -> None:
         self.resumed = step
+
+
+class Parts:
+    """Rank 0's machinery, with groups that are there already. `asks`: a signal arrives while part n is awaited."""
+
+    def __init__(self, slots: int, asks: int | None = None) -> None:
+        self.slots, self.asks, self.calls = slots, asks, 0
+
+    def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+        if self.calls == self.asks:
+            SIGNALS.asked = signal.SIGTERM
+        self.calls += 1
+        stop = self.slots if prompts is None else min(first + prompts, self.slots)
+        prompt = Prompt(uid="p", token_ids=(1,), text="", answer="")
+        rows = (ScoredCompletion(completion=completion(0), reward=1.0, text=""),)
+        return tuple(
+            Group(prompt=prompt, step=step, slot=slot, rows=rows, advantages=(0.0,)) for slot in range(first, stop)
+        )
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(SIGNALS, "asked", 0)
+    return World(rank=0, size=1, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("slots", "prompts", "parts"),
+    [(5, 2, [[0, 1], [2, 3], [4]]), (4, 2, [[0, 1], [2, 3]]), (3, None, [[0, 1, 2]]), (1, 2, [[0]])],
+)
+def test_a_step_comes_in_parts_and_ends(alone: World, slots: int, prompts: int | None, parts: list[list[int]]) -> None:
+    groups = GroupStream(alone, Parts(slots))
+    assert not groups.within_step
+    found = []
+    for part in groups.parts(1, prompts):
+        assert groups.within_step
+        found.append([group.slot for group in part])
+    assert found == parts
+    assert not groups.within_step
+
+
+def test_a_signal_within_a_step_lets_it_end_and_stops_before_the_next(alone: World) -> None:
+    groups = GroupStream(alone, Parts(4, asks=1))
+    assert len(list(groups.parts(1, 2))) == 2
+    with pytest.raises(Stopped) as stopped:
+        list(groups.parts(2, 2))
+    assert stopped.value.between_steps
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
 def stream() -> Rollouts:
