@@ -1,7 +1,7 @@
 """What bounds a step, and what the stream carries: `python -m bench.pipeline [fakes|roles|wire|real …]`.
 
 fakes   stages of known length (log-normal completions): step time over the slowest stage, by lookahead
-roles   an annealed run of the same stages whose explorer stays idle in the end, or is handed over
+roles   an annealed run of the same stages whose processes keep their roles, or work where work is
 wire    completions of 512 tokens a second over loopback, with and without CURVE, and memory
 real    the embedded family, generation and training in processes of their own, lookahead 1 against 0
 
@@ -30,11 +30,9 @@ def fakes(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def roles(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same number of workers, dedicated and handed over."""
-    return [
-        pipeline_fakes.measure_roles("dedicated", steps=options.steps, train_s=options.train_s),
-        pipeline_fakes.measure_roles("handover", steps=options.steps, train_s=options.train_s),
-    ]
+    """The same number of workers: dedicated, handed over in the end, and exploring at the start as well."""
+    cases: tuple[pipeline_fakes.Roles, ...] = ("dedicated", "end only", "handover")
+    return [pipeline_fakes.measure_roles(case, steps=options.steps, train_s=options.train_s) for case in cases]
 
 
 def wire(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bench.fault_parts import make_model
 from bench.sleeping_engine import MEDIAN, VOCAB
@@ -27,7 +27,9 @@ from rollout.ledger import Ledger
 from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.roster import RoleTerms
+from rollout.timetable import Timetable
 
+Roles = Literal["dedicated", "end only", "handover"]
 WARM_STEPS = 3
 LEASES = 8  # a step, for one worker
 LONGEST = 4.0  # of about 32 log-normal lengths, in medians: what makes a lease's duration
@@ -48,7 +50,7 @@ def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict
             stream=Stream(credit=256),
             reward=Reward(function="bench.sleeping_engine:reward"),
         )  # fmt: skip
-        ends, generated, trained = _run(config, Path(folder), train_s)
+        _, ends, generated, trained = _run(config, Path(folder), train_s)
     step_s = statistics.mean(b - a for a, b in pairwise(ends[WARM_STEPS - 1 :]))
     stages = {
         "generation_s": statistics.mean(generated[WARM_STEPS:]), "training_s": statistics.mean(trained[WARM_STEPS:])
@@ -76,9 +78,12 @@ def ideal_ends(generated: Sequence[float], trained: Sequence[float], lookahead: 
     return ends[1:]
 
 
-def measure_roles(roles: Literal["dedicated", "handover"], *, steps: int, train_s: float) -> dict[str, Any]:
-    """Seconds of an annealed run, generation-bound by the learner's one worker, with one explorer beside it."""
-    os.environ["SLEEP_TOKEN_S"] = str(2 * train_s / LEASES / (LONGEST * MEDIAN))
+def measure_roles(case: Roles, *, steps: int, train_s: float) -> dict[str, Any]:
+    """Seconds of an annealed run, generation-bound, by one explorer process and two of the learner's.
+
+    `end only`: explorers are handed over when they are done, but learner processes do not begin as explorers.
+    """
+    os.environ["SLEEP_TOKEN_S"] = str(3 * train_s / LEASES / (LONGEST * MEDIAN))
     with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
         config = Config(
             run=Run(dir=f"{folder}/run"),
@@ -86,21 +91,34 @@ def measure_roles(roles: Literal["dedicated", "handover"], *, steps: int, train_
                 steps=steps, group_size=8, anneal_steps=steps // 2, prompts_per_step=4 * LEASES, mini_batch_prompts=4,
                 lookahead=1,
             ),
-            rollout=Rollout(lease_prompts=4, max_response_tokens=16 * MEDIAN, roles=roles),
+            rollout=Rollout(
+                lease_prompts=4, max_response_tokens=16 * MEDIAN, processes=2,
+                roles="dedicated" if case == "dedicated" else "handover",
+            ),
             stream=Stream(credit=256),
             reward=Reward(function="bench.sleeping_engine:reward"),
         )  # fmt: skip
-        ends, _, _ = _run(config, Path(folder), train_s)
-    last = ends[steps // 2 :]
+        ran = _run(config, Path(folder), train_s, starts_over=case == "handover")
+    quarter = steps // 4
     return {
-        "case": "roles", "roles": roles, "steps": steps, "run_s": ends[-1] - ends[0],
-        "step_s_after_annealing": statistics.mean(b - a for a, b in pairwise(last)),
+        "case": "roles", "roles": case, "steps": steps, "run_s": ran.ends[-1] - ran.begin_s,
+        "first_quarter_s": ran.ends[quarter - 1] - ran.begin_s,
+        "step_s_after_annealing": statistics.mean(b - a for a, b in pairwise(ran.ends[steps // 2 :])),
         "loadavg": os.getloadavg()[0],
     }  # fmt: skip
 
 
-def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], list[float], list[float]]:
-    """When each step ended, and its seconds of generation and of training."""
+class Ran(NamedTuple):
+    """When work began with all workers ready, when each step ended, and its seconds of generation and of training."""
+
+    begin_s: float
+    ends: list[float]
+    generated: list[float]
+    trained: list[float]
+
+
+def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = False) -> Ran:
+    """A whole run. `starts_over`: its timetable may let learner processes begin as explorers."""
     model = make_model(folder / "model")
     prompts = [Prompt(uid=f"p{i}", token_ids=(5, i), text=str(i), answer="") for i in range(256)]
     demand = Demand(config, PromptSchedule(prompts, seed=0, per_step=config.algorithm.prompts_per_step), (1,))
@@ -121,13 +139,20 @@ def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], lis
     weights = model / "model.safetensors"
     sha256 = file_sha256(weights)
     ends, generated, trained = [], [], []
+    timetable = Timetable(config, demand.quota) if starts_over else None
     with pool:
-        pool.spawn(Source.LEARNER, 0)
+        for index in range(config.rollout.processes):
+            pool.spawn(Source.LEARNER, index, first=timetable.first_role(index) if timetable else None)
         if demand.last_explorer_step:
             pool.spawn(Source.EXPLORER, 0)
         pool.publish_weights(0, weights, sha256)
+        _wait_until_ready(pool, config.rollout.processes + bool(demand.last_explorer_step))
+        begin_s = time.monotonic()
         for step in range(1, config.algorithm.steps + 1):
             for ahead in range(step, min(step + config.algorithm.lookahead, config.algorithm.steps) + 1):
+                names = timetable.due(ahead) if timetable else ()
+                if names:
+                    pool.hand_over(*names)
                 mixers[0].request(ahead)
             generated.append(_busy_s(mixers[0].collect(step)))
             if config.rollout.roles == "handover" and mixers[0].explorer_is_done(step):
@@ -138,7 +163,16 @@ def _run(config: Config, folder: Path, train_s: float) -> tuple[list[float], lis
             pool.publish_weights(step, weights, sha256)
             ends.append(time.monotonic())
         mixers[0].close()
-    return ends, generated, trained
+    return Ran(begin_s, ends, generated, trained)
+
+
+def _wait_until_ready(pool: WorkerPool, count: int) -> None:
+    """What a process takes to start is not part of a step."""
+    deadline = time.monotonic() + 120
+    while sum(worker["state"] == "ready" for worker in pool.counters()["workers"].values()) < count:
+        pool.check()
+        assert time.monotonic() < deadline, pool.waiting_for()
+        time.sleep(0.02)
 
 
 def _busy_s(groups: tuple[Group, ...]) -> float:

@@ -46,6 +46,7 @@ class _Child:
     role: Source
     process: subprocess.Popen[bytes]
     gpus: str | None = None
+    first: Source | None = None  # the role it begins in, where that is another
     restarts: int = 0
     ready: bool = False
     asked: bool = False  # for its stacks
@@ -61,11 +62,20 @@ class Children:
         self.restarted = 0
         self._children: dict[str, _Child] = {}
 
-    def start(self, role: Source, index: int, endpoint: str, gpus: str | None = None) -> None:
-        """Start worker number `index` of a role. `gpus`: its CUDA_VISIBLE_DEVICES; None: this process's."""
+    def start(
+        self, role: Source, index: int, endpoint: str, gpus: str | None = None, first: Source | None = None
+    ) -> None:
+        """Start worker number `index` of a role. `gpus`: its CUDA_VISIBLE_DEVICES; None: this process's.
+
+        `first`: the role that it joins in until `settle`, after a restart as well.
+        """
         name = f"{role}-{index}"
         assert name not in self._children, name
-        self._children[name] = _Child(name, role, self._launch(name, role, endpoint, gpus), gpus)
+        self._children[name] = _Child(name, role, self._launch(name, first or role, endpoint, gpus), gpus, first)
+
+    def settle(self, name: str) -> None:
+        """Started again, this child joins in its own role."""
+        self._children[name].first = None
 
     def note(self, pid: int, state: State) -> None:
         """How a worker of this process id stands. One that hangs is asked once for its stacks, which go to its log."""
@@ -94,7 +104,7 @@ class Children:
             if child.restart_at_s is not None:
                 if now >= child.restart_at_s:
                     child.restart_at_s, child.ready = None, False
-                    child.process = self._launch(child.name, child.role, endpoint, child.gpus)
+                    child.process = self._launch(child.name, child.first or child.role, endpoint, child.gpus)
                     self.restarted += 1
                 continue
             code = child.process.poll()

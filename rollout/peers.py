@@ -66,6 +66,7 @@ class Peer:
     resent: int = 0
     accepted: Counter[str] = field(default_factory=Counter)  # by purpose
     rejected: Counter[str] = field(default_factory=Counter)
+    leaving: bool = False  # it gets no more leases: its process is about to change its role
     next_role: Source | None = None  # handed over: the role in which its process joins again
     weights_beat: int = 0  # its beat when weights were last sent to it
     loaded: int = 0  # weights version of its engine, by its last heartbeat

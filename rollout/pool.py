@@ -20,6 +20,7 @@ from rollout.children import Children, Exit
 from rollout.endpoints import ENDPOINT_FILE, private_ipc
 from rollout.errands import Errands
 from rollout.frame import session_of
+from rollout.handover import HandOver
 from rollout.keys import trainer_keys
 from rollout.leases import LeaseBook
 from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
@@ -94,16 +95,16 @@ class WorkerPool:
         )
         self._exits: dict[str, Exit] = {}  # the last of each child
         self._errands = Errands(self._hub.wake)
-        self._handing_over = False
+        self._handover = HandOver(self._children)
         self._stragglers = Stragglers(self._book)
         self._stop_reason: str | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
         self._thread.start()
 
-    def spawn(self, role: Source, index: int, gpus: str | None = None) -> None:
-        """Start a worker process here, restarted a few times when it dies. `gpus`: its CUDA_VISIBLE_DEVICES."""
-        self._errands.send(lambda: self._children.start(role, index, self.endpoint, gpus))
+    def spawn(self, role: Source, index: int, gpus: str | None = None, first: Source | None = None) -> None:
+        """Start a worker process here, with `gpus` as its CUDA_VISIBLE_DEVICES; until handed over it is a `first`."""
+        self._errands.send(lambda: self._children.start(role, index, self.endpoint, gpus, first))
 
     def submit(self, leases: Sequence[Lease]) -> None:
         """Queue leases. ValueError where one exceeds stream.max_frame_mb."""
@@ -116,9 +117,9 @@ class WorkerPool:
         weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
         self._errands.send(lambda: self._publish(weights))
 
-    def hand_over(self) -> None:
-        """From now on, explorers that this pool started and that owe nothing join the learner's rollouts."""
-        self._errands.send(lambda: setattr(self, "_handing_over", True))
+    def hand_over(self, *names: str) -> None:
+        """From now on, explorers of this pool that owe nothing join the learner's rollouts; named ones get no lease."""
+        self._errands.send(lambda: self._handover.begin(names))
 
     def nudge(self) -> None:
         """Ask `may_grant` again now."""
@@ -215,8 +216,9 @@ class WorkerPool:
             self._roster.tick(now)
         for known in self._roster.peers.values():
             self._children.note(known.join.pid, known.state)
+        self._handover.mark(self._roster.peers)
         self._grant(now)
-        for known, message in self._roster.hand_over(self._children.pids().values()) if self._handing_over else ():
+        for known, message in self._roster.hand_over(self._handover.pids()):
             self._send(known.identity, [message])
 
     def _grant(self, now: float) -> None:

@@ -129,7 +129,7 @@ class Roster:
 
     def grants(self, now: float, may_grant: Callable[[Lease], bool] | None) -> Iterator[tuple[Peer, Grant]]:
         """Deal out leases one by one, first to whoever owes least."""
-        ready = [peer for peer in self.peers.values() if peer.state == State.READY]
+        ready = [peer for peer in self.peers.values() if peer.state == State.READY and not peer.leaving]
         while ready:
             ready.sort(key=lambda peer: (self.book.owed(peer.name), peer.name))
             for peer in list(ready):
