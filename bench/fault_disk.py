@@ -14,7 +14,7 @@ def directories(seed: int) -> Verdict:
     run.start()
     run.wait_for_step(1)
     intruder.start()
-    seconds = intruder.finish(2)
+    intruder.finish(2)
     assert f"is in use by process {run.process.pid}" in intruder.text(), intruder.tail()  # type: ignore[union-attr]
     run.kill()
     dirty = Run("dirty")
@@ -22,7 +22,7 @@ def directories(seed: int) -> Verdict:
     dirty.start()
     dirty.finish(2)
     assert "continue it with --resume" in dirty.text(), dirty.tail()
-    return Verdict("refused", "exit code 2; the holder's pid, and --resume or --clean, are named", seconds)
+    return Verdict("refused", "at its start, exit code 2; the holder's pid, and --resume or --clean, are named")
 
 
 @row("F30", "resume with another group size")
@@ -30,9 +30,9 @@ def changed(seed: int) -> Verdict:
     run = Run("changed", algorithm__group_size=8)
     shutil.copytree(reference().dir, run.dir)
     run.start("--resume")
-    seconds = run.finish(2)
+    run.finish(2)
     assert "algorithm.group_size: 4 → 8" in run.text(), run.tail()
-    return Verdict("refused", "a table of differences, exit code 2", seconds)
+    return Verdict("refused", "at its start, exit code 2; a table of differences")
 
 
 @row("F19", "stream.endpoint in use by another process")
@@ -41,9 +41,9 @@ def port_in_use(seed: int) -> Verdict:
         port = holder.getsockname()[1]
         run = Run("port", stream__endpoint=f"tcp://127.0.0.1:{port}")
         run.start()
-        seconds = run.finish(2)
+        run.finish(2)
     assert f'stream.endpoint = "tcp://127.0.0.1:{port}" is in use' in run.text(), run.tail()
-    return Verdict("refused", "the key, the address and the remedy are named", seconds)
+    return Verdict("refused", "at its start, exit code 2; the key, the address and the remedy are named")
 
 
 @row("F33", "no explorer can ever come; none comes")
