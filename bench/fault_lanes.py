@@ -36,8 +36,12 @@ def run_beside(rows: Sequence[Row], seed: int, report: Callable[[Line], None]) -
     lanes = [threading.Thread(target=lane, args=(take,)) for take in (waiting.popleft, waiting.popleft, waiting.pop)]
     for thread in lanes:
         thread.start()
-    for thread in lanes:
-        thread.join()
+    try:
+        for thread in lanes:
+            thread.join()
+    except KeyboardInterrupt:
+        waiting.clear()  # the processes were interrupted too
+        raise
     return [found[row.name] for row in rows]
 
 
