@@ -28,6 +28,11 @@ TIMES = ("time/wait_for_batch", "time/score", "time/train", "time/publish")
 Report = dict[str, Any]
 
 
+def save(name: str, out: Path, report: Report) -> None:
+    """Write what a stage has so far."""
+    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def parts(dry: bool) -> Report:
     """Row kernel by block and warps, products by chunk, and the shares of a whole pass."""
     device = "cpu" if dry else "cuda"

@@ -4,7 +4,6 @@ A stage's report: status ("ok", "missing" with "why"), facts (name: value) and t
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
-from bench import gpu_runs, measure
+from bench import gpu_runs, gpu_sizes, measure
 from bench.contenders import contenders
+from bench.gpu_runs import save
 from bench.kernels import compare
 from bench.rivals import Problem
 from kernels import ops
@@ -109,11 +109,8 @@ def table(out: Path, dry: bool) -> Report:
 STAGES: dict[str, Callable[[Path, bool], Report]] = {
     "machine": machine, "values": values, "rows": rows, "table": table,
     "default": gpu_runs.embedded_default, "end_to_end": gpu_runs.end_to_end,
+    "train": gpu_sizes.train, "generate": gpu_sizes.generate,
 }  # fmt: skip
-
-
-def save(name: str, out: Path, report: Report) -> None:
-    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,19 @@ def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) 
     return step
 
 
+def measure_cases(shape: str, names: Sequence[str], *, ranks: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each case, in processes of its own; one that failed (too little memory, say) has `why` instead."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, "-m", "bench.learner", "--shape", shape, "--rounds", str(rounds), "--child"]
+    with tempfile.TemporaryDirectory() as directory:
+        make_model(Path(directory), shape)
+        for name in names:
+            done = subprocess.run([*command, name, directory], capture_output=True, text=True, env=_environment())
+            found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
+            errors = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit code {done.returncode}"]
+            yield json.loads(found[0]) if found else {"case": name, "shape": shape, "why": errors[0][:200]}
+
+
 def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     """In a process of its own, maybe as one of several ranks: rank 0 prints one JSON object."""
     torch.set_num_threads(1)
@@ -164,21 +177,23 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     found = {
         "case": name, "shape": shape, "ranks": world.size, "tokens": sum(rows), "loss": losses[0], **summary,
         "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "padding": 1 - sum(rows) / slots,
-        "mfu": _utilisation(shape, rows, summary["median_s"] * world.size),
+        "mfu": _utilisation(shape, rows, summary["median_s"] * world.size, frozen="lora_rank" in CASES[name]),
     }  # fmt: skip
     if world.is_main:
         print(json.dumps(found), flush=True)
     world.leave()
 
 
-def _utilisation(shape: str, rows: list[int], gpu_seconds: float) -> float | None:
-    """6 N FLOPs a token and 6 layers·heads·size·L causal attention (12, halved), of the peak of a known GPU."""
+def _utilisation(shape: str, rows: list[int], gpu_seconds: float, *, frozen: bool) -> float | None:
+    """6 N FLOPs a token (4 N of frozen weights, which have no gradient) and 6 layers·heads·size·L causal attention (12,
+    halved), of the peak of a known GPU. Recomputed activations do not count."""
     if not torch.cuda.is_available():
         return None
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in torch.cuda.get_device_name()), None)
     hidden, layers, heads, kv_heads, size, intermediate, vocabulary, _ = SHAPES[shape]
     per_layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * intermediate
-    work = sum(6 * (layers * per_layer + hidden * vocabulary) * n + 6 * layers * heads * size * n * n for n in rows)
+    weights, each = layers * per_layer + hidden * vocabulary, 4 if frozen else 6
+    work = sum(each * weights * n + 6 * layers * heads * size * n * n for n in rows)
     return work / gpu_seconds / peak if peak else None
 
 
@@ -196,33 +211,14 @@ def main(arguments: list[str]) -> int:
     if options.child:
         run_case(options.child[0], options.shape, Path(options.child[1]), options.rounds)
         return 0
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as directory:
-        make_model(Path(directory), options.shape)
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(options.ranks),
-        ]
-        for name in options.only:
-            command = [*launcher, "-m", "bench.learner", "--shape", options.shape, "--rounds", str(options.rounds)]
-            done = subprocess.run(
-                [*command, "--child", name, directory],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                env=_environment(),
-            )
-            rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"case"'))))
-    for row in rows:
-        row["ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-    print(measure.table(rows, COLUMNS))
+    rows = list(measure_cases(options.shape, options.only, ranks=options.ranks, rounds=options.rounds))
+    done = [row for row in rows if "why" not in row]
+    for row in done:
+        row["ratio"] = row["tokens_per_s"] / done[0]["tokens_per_s"]
+    print(measure.table(rows, [*COLUMNS, *(["why"] if done != rows else [])]))
     if not options.dry:
-        print(f"appended to {measure.record('learner', rows)}")
-    return 0
+        print(f"appended to {measure.record('learner', done)}")
+    return 0 if done == rows else 1
 
 
 def _environment() -> dict[str, str]:

@@ -18,7 +18,9 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=16, stop_token_ids=(1,))
 def draw(directory: Path) -> list[tuple[list[int], list[float]]]:
     engine = VllmEngine(directory, device="cpu", dtype="float32", cpu_cache_bytes=64 << 20)
     requests = [Request(prompt, (seed,)) for seed, prompt in enumerate(PROMPTS, start=1)]
-    drawn = {row.request: (row.token_ids.tolist(), row.logprobs.tolist()) for row in engine.generate(requests, SAMPLING)}
+    drawn = {
+        row.request: (row.token_ids.tolist(), row.logprobs.tolist()) for row in engine.generate(requests, SAMPLING)
+    }
     engine.close()
     return [drawn[index] for index in range(len(PROMPTS))]
 
