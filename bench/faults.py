@@ -14,7 +14,6 @@ from typing import Any
 from bench import fault_runs
 from bench.fault_lanes import run_beside, serve
 from bench.fault_rows import LEFT_OUT, ROWS, NotHere, Row
-from bench.measure import record, table
 
 MODULES = (
     "fault_workers", "fault_frames", "fault_peers", "fault_scoring", "fault_trainer", "fault_stopping", "fault_paused",
@@ -77,12 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = {name for name in options.only if not any(row.name.startswith(name) for row in rows)}
         if unknown:
             parser.error(f"no row {', '.join(sorted(unknown))}; see --list")
-    if options.list:
-        listed = [{"row": row.name, "fault": row.fault, "quick": row.quick or None} for row in rows]
-        print(table(listed, ["row", "fault", "quick"]))
-        return 0
     if options.serve:
         serve(rows, lambda row: run(row, options.seed), sys.stdin, sys.stdout)
+        return 0
+    from bench import measure  # which imports torch: a lane needs none
+
+    if options.list:
+        listed = [{"row": row.name, "fault": row.fault, "quick": row.quick or None} for row in rows]
+        print(measure.table(listed, ["row", "fault", "quick"]))
         return 0
     start = time.monotonic()
     if len(rows) > FEW:
@@ -92,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             lines.append(run(row, options.seed))
             say(lines[-1])
-    record("faults", lines)
-    print("\n" + (markdown(lines) if options.markdown else table(lines, COLUMNS)))
+    measure.record("faults", lines)
+    print("\n" + (markdown(lines) if options.markdown else measure.table(lines, COLUMNS)))
     for name, why in LEFT_OUT.items():
         print(f"left out: {name}: {why}")
     failed = [line["row"] for line in lines if line["holds"] is False]

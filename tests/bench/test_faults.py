@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ QUICK = ("F1", "F3", "F4", "F11", "F12", "F13", "F15", "F25", "F26c", "F26d", "F
 
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(faults, "record", lambda name, rows: measure.record(name, rows, tmp_path))
+    monkeypatch.setattr(measure, "record", partial(measure.record, folder=tmp_path))
     return tmp_path / "faults.jsonl"
 
 
