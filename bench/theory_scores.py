@@ -141,21 +141,21 @@ def _slope(values: np.ndarray, first: int) -> float:
 
 
 def correlation(grams: Sequence[Gram]) -> list[float]:
-    """Cross-step correlation of the score projections by lag, mean over t and prompts, [L], lag 0 first.
+    """Cross-step correlation of the score projections by lag, over t and prompts, [L], lag 0 first.
 
         Σ_v Cov(z_t, z_s) / √(Σ_v Var z_t · Σ_v Var z_s),  z_t = ⟨u_t, v⟩
 
     over an orthonormal basis of directions v, so for the average one: Σ_v Cov(z_t, z_s) = E⟨u_t, u_s⟩ − ⟨ū_t, ū_s⟩.
+    Numerators and denominators are summed first: tokens that every rollout shares have no variance.
     """
-    total, count = np.zeros(len(grams[0].inner)), np.zeros(len(grams[0].inner))
+    above, below = np.zeros(len(grams[0].inner)), np.zeros(len(grams[0].inner))
     for one in grams:
         covariance = (one.inner - one.means) * one.rollouts / (one.rollouts - 1)
-        scale = np.sqrt(np.clip(np.diag(covariance), 1e-12, None))
-        normed = covariance / np.outer(scale, scale)
-        for lag in range(len(total)):
-            total[lag] += np.trace(normed, lag)
-            count[lag] += len(total) - lag
-    return (total / count).tolist()
+        scale = np.sqrt(np.clip(np.diag(covariance), 0.0, None))
+        for lag in range(len(above)):
+            above[lag] += np.trace(covariance, lag)
+            below[lag] += np.trace(np.outer(scale, scale), lag)
+    return (above / np.maximum(below, np.finfo(float).tiny)).tolist()
 
 
 def alignment(grams: Sequence[Gram]) -> list[float]:
