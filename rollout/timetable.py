@@ -22,19 +22,15 @@ def learners_wanted(quota: Quota, explorers: int, learners: int) -> int:
 def return_steps(config: Config, quota: Callable[[int], Quota]) -> tuple[int, ...]:
     """For each learner process, the step whose rollouts it must be back for; 1 where it never works as an explorer.
 
-    Process 0 stays where the run evaluates, since evaluations are the learner's from the start. A process that no step
-    needs is back for the one after the last.
+    Process 0 stays where the run evaluates, since evaluations are the learner's from the start, and so does one that
+    step 2 needs, since it would have to go back at once. A process that no step needs is back for the one after the last.
     """
     learners, steps = config.rollout.processes, config.algorithm.steps
     if config.rollout.roles != "handover" or not config.explorer.processes:
         return (1,) * learners
     wanted = [learners_wanted(quota(step), config.explorer.processes, learners) for step in range(1, steps + 1)]
-    return tuple(
-        1
-        if index == 0 and config.data.eval
-        else next((step for step, count in enumerate(wanted, start=1) if count > index), steps + 1)
-        for index in range(learners)
-    )
+    needed = [next((s for s, count in enumerate(wanted, start=1) if count > i), steps + 1) for i in range(learners)]
+    return tuple(1 if step <= 2 or (i == 0 and config.data.eval) else step for i, step in enumerate(needed))
 
 
 class Timetable:
@@ -59,6 +55,10 @@ class Timetable:
         for name in names:
             del self._away[name]
         return names
+
+    def learners(self, step: int) -> int:
+        """How many of the learner's own processes the plan has in its role at `step`."""
+        return sum(back <= step for back in self.return_steps)
 
     def line(self) -> str:
         """The plan in a sentence; "" where every process keeps its role until the explorers are done."""

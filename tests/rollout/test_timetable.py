@@ -27,7 +27,9 @@ def test_each_process_is_back_for_the_first_step_that_needs_it():
     assert [quota.learner for quota in quotas] == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert timetable().return_steps == (3, 5), "3 of 8 rows are more than one process of three makes"
     assert timetable(evaluates="embedded:countdown").return_steps == (1, 5)
+    assert [timetable().learners(step) for step in (1, 2, 3, 4, 5, 20)] == [0, 0, 1, 1, 2, 2]
     assert timetable(schedule="constant", alpha=1.0).return_steps == (21, 21)
+    assert timetable(anneal_steps=2).return_steps == (1, 1), "needed at step 2, they would go back at once"
     for same in ({"roles": "dedicated"}, {"explorers": 0}, {"anneal_steps": 0}):
         assert timetable(**same).return_steps == (1, 1)
         assert timetable(**same).line() == ""
