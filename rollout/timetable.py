@@ -22,8 +22,8 @@ def learners_wanted(quota: Quota, explorers: int, learners: int) -> int:
 def return_steps(config: Config, quota: Callable[[int], Quota]) -> tuple[int, ...]:
     """For each learner process, the step whose rollouts it must be back for; 1 where it never works as an explorer.
 
-    Process 0 stays where the run evaluates, since evaluations are the learner's from the start, and so does one that
-    step 2 needs, since it would have to go back at once. A process that no step needs is back for the one after the last.
+    Process 0 stays where the run evaluates, since evaluations are the learner's from the start; so does one that step 2
+    needs, since it would have to go back at once. A process that no step needs is back for the one after the last.
     """
     learners, steps = config.rollout.processes, config.algorithm.steps
     if config.rollout.roles != "handover" or not config.explorer.processes:
