@@ -18,7 +18,7 @@ from bench.choose_explorer import Drawn, draw
 from bench.paper_models import FAMILY_SEED
 from core.config import Config, Data
 from core.configfile import parse_command
-from core.countdown import TARGETS, Problem, problems, solutions, verify
+from core.countdown import NUMBERS_PER_PROBLEM, Problem, problems, solutions, verify
 from core.diversity import Sample, group_diversity
 from core.prompts import PromptSchedule
 from core.schema import Prompt, Source
@@ -32,6 +32,7 @@ from trainer.models import load_tokenizer
 TEST_PROBLEMS, OTHER_PROBLEMS = 480, 256
 HARD_SAMPLES, HARD_RIGHT = 16, 2  # a prompt is hard where the learner has at most 2 of 16 right
 POOL, KEPT, TRIES = 24, 8, 96
+OTHER_TARGETS = range(21, 29)
 SPLITS = ("train", "validation", "test", "other")
 
 
@@ -45,8 +46,8 @@ def write_splits(folder: Path) -> dict[str, Path]:
     """Parquet files of the problems, which share no (numbers, target).
 
     `train`; `validation`, the embedded held-out problems, on which the defaults and the learning rates were chosen;
-    `test`, taken out of the embedded training problems: nothing was chosen on it; `other`, out of domain: one of the
-    four numbers is 10 to 12, which no training problem has.
+    `test`, taken out of the embedded training problems: nothing was chosen on it; `other`, out of domain: targets of 21
+    to 28, where all other problems have 1 to 20.
     """
     own, held = problems("train", FAMILY_SEED), problems("eval", FAMILY_SEED)
     sets = {
@@ -60,16 +61,11 @@ def write_splits(folder: Path) -> dict[str, Path]:
 
 def _other_problems() -> list[Problem]:
     rng = np.random.Generator(np.random.Philox([FAMILY_SEED, 2]))
-    sets = [numbers for numbers in combinations_with_replacement(range(1, 13), 4) if sum(n > 9 for n in numbers) == 1]
-    pairs = [(numbers, target) for numbers in sets for target in TARGETS]
-    found: list[Problem] = []
-    for index in rng.permutation(len(pairs)).tolist():
-        numbers, target = pairs[index]
-        if next(solutions(numbers, target), None) is not None:
-            found.append(Problem(tuple(rng.permutation(numbers).tolist()), target))
-        if len(found) == OTHER_PROBLEMS:
-            break
-    return found
+    sets = combinations_with_replacement(range(1, 10), NUMBERS_PER_PROBLEM)
+    pairs = [(numbers, target) for numbers in sets for target in OTHER_TARGETS]
+    found = [pair for pair in pairs if next(solutions(*pair), None) is not None]
+    chosen = [found[index] for index in rng.permutation(len(found))[:OTHER_PROBLEMS].tolist()]
+    return [Problem(tuple(rng.permutation(numbers).tolist()), target) for numbers, target in chosen]
 
 
 def _write(file: Path, texts: Sequence[str]) -> Path:

@@ -67,13 +67,14 @@ def measure_models(scale: Scale, work: Path) -> dict[str, Any]:
         }
         prompts = read_prompts(data_folder(work) / "test.parquet", family.learner)[:PROBLEMS]
         sizes = by_size(places, {name: sample(place, prompts, SAMPLES) for name, place in places.items()})
+        other = _other(work)
         hard = read_prompts(data_folder(work) / "hard_train.parquet", family.learner)
         drawn = [sample(place, hard, HARD_SAMPLES, first=20_000) for place in family]
         found = {
             "sizes": sizes,
             "filter": json.loads((Path(scale.values["main"]["filtered"]) / "filter.json").read_text()),
             "hard": premise(drawn[0], drawn[1]),
-            "base_other": sum(sample(family.learner, _other(work), OTHER_SAMPLES).right) / (256 * OTHER_SAMPLES),
+            "base_other": sum(sample(family.learner, other, OTHER_SAMPLES).right) / (len(other) * OTHER_SAMPLES),
         }
         file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))
@@ -84,10 +85,11 @@ def _other(work: Path) -> Any:
 
 
 def by_size(places: dict[str, Path], drawn: dict[str, Drawn]) -> list[dict[str, Any]]:
-    """One row a model: parameters, pass@k, and each diversity metric with the difference to its family's learner, whose
-    interval is over problems (the same for all)."""
+    """One row a model: parameters, pass@k and diversity, with the difference to its family's learner and, as `step`, to
+    the model before it; standard errors are over problems (the same for all)."""
     spread = {name: _spread(one) for name, one in drawn.items()}
     rows = []
+    before = dict(zip([*drawn][1:], drawn))
     for name, one in drawn.items():
         own = "learner, second family" if name.endswith("second family") else "learner"
         row: dict[str, Any] = {"model": name, "parameters": count(places[name])}
@@ -96,6 +98,8 @@ def by_size(places: dict[str, Path], drawn: dict[str, Drawn]) -> list[dict[str, 
             gap = difference([x - y for x, y in zip(spread[name][metric], spread[own][metric])])
             row[metric] = float(np.mean(spread[name][metric]))
             row[f"{metric} difference"] = list(gap)
+            last = spread[before.get(name, name)][metric]
+            row[f"{metric} step"] = list(difference([x - y for x, y in zip(spread[name][metric], last)]))
         for k in KS:
             gap = pass_difference(Counts(SAMPLES, drawn[own].right, one.right), k)
             row[f"pass@{k} difference"] = list(gap)

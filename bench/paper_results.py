@@ -16,6 +16,8 @@ MEANS = (
     "explorer/weight_mean", "learner/clip_fraction", "kl", "entropy", "grad_norm",
 )  # fmt: skip
 
+FLOOR = 5.0  # a control below it has nothing to lose, which decides nothing
+
 Row = dict[str, Any]
 Rows = Mapping[str, Mapping[int, Row]]  # by arm and seed
 
@@ -123,25 +125,36 @@ def results(experiment: Experiment, rows: Rows) -> list[Result]:
     for one in experiment.comparisons:
         difference = compare(rows, one)
         verdict = None if one.rule is None else judge(difference, one.rule)
+        floor = mean_of(rows, one.control, lambda row: value(row, "ood")) if one.statistic == "ood" else None
+        if verdict and floor and floor.mean < FLOOR:
+            verdict = "undecided"
         label = f"{ARMS[one.arm].label} − {ARMS[one.control].label}"
         found.append(Result(label, STATISTICS[one.statistic], difference, one.rule, verdict))
     return found
 
 
 def size_results(sizes: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """Table 3 and Figure 2: each explorer less its family's learner; the interval is over problems, in points."""
+    """Table 3 and Figure 2: each explorer less its family's learner, and the smaller explorer less the other; the
+    interval is over problems, in points."""
     rules: dict[str, Rule] = {
         "self_bleu": "less", "edit_diversity": "greater", "unique_answer_ratio": "greater", "pass@64": "not_less"
     }  # fmt: skip
     found = []
     for row in sizes:
-        if not row["model"].startswith("learner"):
-            for name, rule in rules.items():
-                mean, stderr = row[f"{name} difference"]
-                gap = Interval(100 * mean, 196 * stderr, 256)
-                verdict = judge(gap, rule)
-                found.append(Result(f"{row['model']} − its learner", name.replace("_", " "), gap, rule, verdict))
+        explorer, smaller = row["model"], row["model"].startswith("smaller")
+        for name, rule in {} if explorer.startswith("learner") else rules.items():
+            gap = _gap(row[f"{name} difference"])
+            label = f"{explorer} − its learner"
+            found.append(Result(label, name.replace("_", " "), gap, rule, judge(gap, rule)))
+        for name in ("self_bleu", "edit_diversity", "unique_answer_ratio") if smaller else ():
+            label, gap = f"{explorer} − explorer", _gap(row[f"{name} step"])
+            found.append(Result(label, name.replace("_", " "), gap, None, None))
     return found
+
+
+def _gap(difference: Sequence[float]) -> Interval:
+    mean, stderr = difference
+    return Interval(100 * mean, 196 * stderr, 256)
 
 
 def verdict_of(measured: Sequence[Result]) -> Verdict:
