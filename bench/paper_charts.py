@@ -14,6 +14,7 @@ from bench.paper_results import Result, Rows, curve
 from bench.paper_statistics import interval
 
 COLOURS = ("#2459c7", "#d2691e", "#17897a", "#8b5fbf", "#cf5548", "#68707a", "#3f9b5f", "#b08b2e")
+METHODS = ("grpo", "s2l", "self")  # the first colours are theirs on every plot, dashed in another setting
 VERDICT_COLOURS = {"reproduced": "#3f9b5f", "not reproduced": "#cf5548", "undecided": "#b08b2e", None: "#68707a"}
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -30,7 +31,7 @@ def learning_curves(file: Path, rows: Rows, arms: Sequence[str]) -> bool:
         figure, axes = _figure(6.6, 3.4)
         for number, arm in enumerate(known):
             steps, points = _steps(rows[arm]), [curve(row) for row in rows[arm].values()]
-            _band(axes, steps, points, number, f"{ARMS[arm].label} (n = {len(points)})")
+            _band(axes, steps, points, _look(arm, number), f"{ARMS[arm].label} (n = {len(points)})")
         axes.set_xlabel("training step")
         axes.set_ylabel("pass@1 of test problems, per cent")
         return _save(figure, axes, file, bool(known))
@@ -43,7 +44,8 @@ def compute_curves(file: Path, rows: Rows, arms: Sequence[str]) -> bool:
         figure, axes = _figure(6.6, 3.4)
         for number, arm in enumerate(known):
             spent = np.mean([row["spent"] for row in rows[arm].values()], axis=0)
-            _band(axes, spent, [curve(row) for row in rows[arm].values()], number, ARMS[arm].label)
+            points = [curve(row) for row in rows[arm].values()]
+            _band(axes, spent, points, _look(arm, number), ARMS[arm].label)
         axes.set_xlabel("FLOPs of rollouts and training")
         axes.set_ylabel("pass@1 of test problems, per cent")
         return _save(figure, axes, file, bool(known))
@@ -91,12 +93,12 @@ def search_curves(file: Path, search: Mapping[str, Mapping[str, Sequence[float]]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.6, 3.0)
         for number, (name, rates) in enumerate(search.items()):
-            axes.plot(
-                list(rates), [100 * float(np.mean(values)) for values in rates.values()],
-                color=COLOURS[number], label=ARMS[name].label, linewidth=1.5,
-            )  # fmt: skip
+            look = _look(name, number)
+            means = [100 * float(np.mean(values)) for values in rates.values()]
+            axes.plot(list(rates), means, label=ARMS[name].label, linewidth=1.5, **look)
             for rate, values in rates.items():
-                axes.plot([rate] * len(values), [100 * one for one in values], "o", color=COLOURS[number], markersize=4)
+                seen = [100 * one for one in values]
+                axes.plot([rate] * len(values), seen, "o", color=look["color"], markersize=4)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("pass@1 of validation problems, per cent")
         return _save(figure, axes, file, bool(search))
@@ -111,17 +113,20 @@ def _steps(runs: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return [line["step"] for line in next(iter(runs.values()))["evaluations"]]
 
 
-def _band(axes: Axes, places: Any, points: Sequence[Sequence[float]], number: int, label: str) -> None:
-    colour = COLOURS[number % len(COLOURS)]
+def _look(arm: str, number: int) -> dict[str, str]:
+    """Colour and line of an arm, the `number`-th of its plot."""
+    method, _, rest = arm.partition("_")
+    if method in METHODS and rest in ("", "family2", "hard"):
+        return {"color": COLOURS[METHODS.index(method)], "linestyle": "--" if rest == "family2" else "-"}
+    return {"color": COLOURS[len(METHODS) + number % (len(COLOURS) - len(METHODS))], "linestyle": "-"}
+
+
+def _band(axes: Axes, places: Any, points: Sequence[Sequence[float]], look: Mapping[str, str], label: str) -> None:
     means = [interval([values[place] for values in points]) for place in range(len(points[0]))]
-    axes.plot(
-        places, [one.mean for one in means], color=colour, label=label, marker="o", markersize=3.5, linewidth=1.6,
-        linestyle="-" if number < len(COLOURS) else "--",
-    )  # fmt: skip
+    axes.plot(places, [one.mean for one in means], label=label, marker="o", markersize=3.5, linewidth=1.6, **look)
     if len(points) > 2:
-        axes.fill_between(
-            places, [one.low for one in means], [one.high for one in means], color=colour, alpha=0.1, linewidth=0
-        )
+        low, high = [one.low for one in means], [one.high for one in means]
+        axes.fill_between(places, low, high, color=look["color"], alpha=0.1, linewidth=0)
 
 
 def _save(figure: Figure, axes: Axes, file: Path, anything: bool, *, legend: bool = True) -> bool:

@@ -1,5 +1,6 @@
 """What is measured of models without training them: diversity and pass@k by size, hard prompts, out of domain."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def measure_other(scale: Scale, run: Finished) -> float | None:
 
 def measure_models(scale: Scale, work: Path) -> dict[str, Any]:
     """Table 3, Figure 2, the filter of Table 4 and the premise on hard prompts, for the tiny scale; kept in `work`."""
-    file = data_folder(work) / "models.json"
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # what is measured may change
+    file = data_folder(work) / f"models-{code}.json"
     if not file.exists():
         family, second = embedded(), llama_family(work.resolve() / "models")
         places = {
