@@ -113,7 +113,7 @@ def _steps(runs: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return [line["step"] for line in next(iter(runs.values()))["evaluations"]]
 
 
-def _look(arm: str, number: int) -> dict[str, str]:
+def _look(arm: str, number: int) -> dict[str, Any]:
     """Colour and line of an arm, the `number`-th of its plot."""
     method, _, rest = arm.partition("_")
     if method in METHODS and rest in ("", "family2", "hard"):
@@ -121,7 +121,7 @@ def _look(arm: str, number: int) -> dict[str, str]:
     return {"color": COLOURS[len(METHODS) + number % (len(COLOURS) - len(METHODS))], "linestyle": "-"}
 
 
-def _band(axes: Axes, places: Any, points: Sequence[Sequence[float]], look: Mapping[str, str], label: str) -> None:
+def _band(axes: Axes, places: Any, points: Sequence[Sequence[float]], look: Mapping[str, Any], label: str) -> None:
     means = [interval([values[place] for values in points]) for place in range(len(points[0]))]
     axes.plot(places, [one.mean for one in means], label=label, marker="o", markersize=3.5, linewidth=1.6, **look)
     if len(points) > 2:
