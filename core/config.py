@@ -126,7 +126,7 @@ class Rollout(Section, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(description="Top-k of the learner's sampling; 0 is off.", ge=0)] = 0
     max_prompt_tokens: Annotated[int, Meta(description="Longest prompt; longer ones are filtered or refused (data.overlong).", ge=1)] = 16
     max_response_tokens: Annotated[int, Meta(description="Longest completion that trains.", ge=1)] = 24
-    roles: Annotated[Literal["dedicated", "handover"], Meta(description="What becomes of the explorer's processes when all it owes is generated: they stay idle, or join the learner's rollouts.")] = "dedicated"
+    roles: Annotated[Literal["dedicated", "handover"], Meta(description="dedicated: every process keeps its role. handover: the learner's processes begin as explorers until their rollouts need them, and the explorer's join the learner's rollouts when all they owe is generated.")] = "dedicated"
     update_in_flight: Annotated[bool, Meta(description="Under lookahead, learner rollouts take new weights between two tokens of a lease in work (each token keeps its version and log-prob); false finishes the lease first.")] = True
     lease_prompts: Annotated[int, Meta(description="Prompts of one lease: the unit of work a process takes, generates as one batch and can lose.", ge=1)] = 32
 

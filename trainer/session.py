@@ -151,6 +151,9 @@ class Session:
         if held:
             versions = {f"of {worker}": version for worker, version in held.items()}
             self.recorder.tracer.counter("weights", time.monotonic(), **versions)
+        if self.stream.rollouts is not None:
+            planned = self.stream.rollouts.timetable.learners(self.learner.step)
+            self.recorder.tracer.counter("learner workers", time.monotonic(), planned=planned, ready=len(held))
         found = self.alarm.check(self.learner.step, metrics)
         if self.alarm.text:
             self.recorder.console.warn(self.alarm.text)

@@ -20,6 +20,7 @@ from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
+from rollout.timetable import Timetable
 from trainer.devices import Devices
 from trainer.learner import Learner
 from trainer.run_directory import RunDirectory
@@ -75,8 +76,16 @@ class Rollouts:
         steps = [step for step in range(1, config.algorithm.steps + 1) if demand.quota(step).explorer]
         if steps and (self.reuse is None or not self.reuse.complete(steps)):
             self._start_explorers()
+        self.timetable = Timetable(config, demand.quota)
         for index in range(config.rollout.processes):
-            self.pool.spawn(Source.LEARNER, index, devices.of_worker(Source.LEARNER, index))
+            first = self.timetable.first_role(index) if self._explorers_started else None
+            self.pool.spawn(Source.LEARNER, index, devices.of_worker(Source.LEARNER, index), first)
+
+    def request(self, step: int) -> None:
+        """Ask for the completions of `step`; processes that it needs as learner workers stop exploring."""
+        if names := self.timetable.due(step):
+            self.pool.hand_over(*names)
+        self.mixer.request(step)
 
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
@@ -179,7 +188,7 @@ class GroupStream:
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; asking again does nothing."""
         if self.rollouts is not None:
-            self.rollouts.mixer.request(step)
+            self.rollouts.request(step)
 
     def parts(self, step: int, prompts: int | None = None) -> Iterator[tuple[Group, ...]]:
         """The groups of `step`, each with exactly its quota, in prompt order: all at once, or by `prompts`, each part

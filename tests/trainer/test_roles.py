@@ -1,4 +1,4 @@
-"""A whole run whose explorers are handed over."""
+"""A whole run whose processes change roles."""
 
 from pathlib import Path
 
@@ -7,20 +7,29 @@ import run_parts
 from run_parts import arguments, train_here
 
 from rollout.store import read_rollouts
+from trainer.tracer import read_trace
 
 
 @pytest.mark.slow
-def test_a_run_that_hands_its_explorer_over_trains_what_a_dedicated_one_trains(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+def test_a_run_whose_processes_change_roles_trains_what_a_dedicated_one_trains(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Lookahead 0: a lease's completions do not depend on who takes it, so the same bits come from either."""
     root = tmp_path_factory.getbasetemp()
-    settings = {"algorithm__steps": 5, "algorithm__anneal_steps": 2, "data__eval": "", "rollout__lease_prompts": 2}
+    settings = {"algorithm__steps": 5, "data__eval": "", "rollout__lease_prompts": 2, "rollout__processes": 2}
     dedicated = train_here(arguments(root, tmp_path / "dedicated", **settings))
     handed = train_here(arguments(root, tmp_path / "handed", rollout__roles="handover", **settings))
     assert run_parts.weights_bytes(handed) == run_parts.weights_bytes(dedicated)
     assert run_parts.ledger(handed)["conserved"]
     rows = read_rollouts(handed, columns=["source", "worker", "step"]).to_pylist()
-    workers = {row["worker"].rpartition(".")[0] for row in rows if row["source"] == "learner"}
-    assert workers == {"learner-0", "explorer-0"}
-    assert {row["worker"].rpartition(".")[0] for row in rows if row["source"] == "explorer"} == {"explorer-0"}
+    workers = {
+        source: {row["worker"].rpartition(".")[0] for row in rows if row["source"] == source}
+        for source in ("explorer", "learner")
+    }
+    assert workers["learner"] <= {"learner-0", "learner-1", "explorer-0"}
+    joins = "is gone: its process joins the learner's rollouts"
+    joined = {line.partition(".")[0] for line in capfd.readouterr().out.splitlines() if joins in line}
+    assert "explorer-0" in joined  # when its own work was done
+    assert {"explorer-0"} <= workers["explorer"] <= {"explorer-0", "learner-1"}  # learner-0 begins as what it is
+    counters = [event for event in read_trace(handed) if event["ph"] == "C" and event["name"] == "learner workers"]
+    assert [event["args"]["planned"] for event in counters] == [1, 1, 2, 2, 2]  # quotas 4+0, 3+1, 2+2, 0+4, 0+4
