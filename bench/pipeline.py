@@ -1,6 +1,7 @@
 """What bounds a step, and what the stream carries: `python -m bench.pipeline [fakes|roles|wire|real …]`.
 
-fakes   stages of known length (log-normal completions): step time over the slowest stage, by lookahead
+fakes   stages of known length (log-normal completions): step time over the slowest stage, by lookahead, and without it
+        in parts (algorithm.stream_mini_batches)
 roles   an annealed run of the same stages whose processes keep their roles, or work where work is
 wire    completions of 512 tokens a second over loopback, with and without CURVE, and memory
 real    the embedded family, generation and training in processes of their own, lookahead 1 against 0
@@ -18,13 +19,15 @@ PARTS = ("fakes", "roles", "wire", "real")
 
 
 def fakes(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All lookaheads and ratios; the speed-up is that over lookahead 0 of the same ratio."""
+    """All lookaheads and ratios; the speed-up is that over lookahead 0 of the same ratio, whole steps."""
     rows = []
     for ratio in options.ratios:
         alone = 0.0
-        for lookahead in (0, 1, 2):
-            row = pipeline_fakes.measure(lookahead, ratio, steps=options.steps, train_s=options.train_s)
-            alone = row["step_s"] if lookahead == 0 else alone
+        for lookahead, in_parts in ((0, False), (0, True), (1, False), (2, False)):
+            row = pipeline_fakes.measure(
+                lookahead, ratio, steps=options.steps, train_s=options.train_s, in_parts=in_parts
+            )
+            alone = alone or row["step_s"]
             rows.append(row | {"speed_up": alone / row["step_s"]})
     return rows
 

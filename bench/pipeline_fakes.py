@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,8 +35,11 @@ LEASES = 8  # a step, for one worker
 LONGEST = 4.0  # of about 32 log-normal lengths, in medians: what makes a lease's duration
 
 
-def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict[str, Any]:
-    """Step time over the slowest stage, of `steps` steady steps in which generation takes about `ratio` · `train_s`."""
+def measure(lookahead: int, ratio: float, *, steps: int, train_s: float, in_parts: bool = False) -> dict[str, Any]:
+    """Step time over the slowest stage, of `steps` steady steps in which generation takes about `ratio` · `train_s`.
+
+    `in_parts`: a step trains by its mini-batches, one for each of the worker's leases; `ideal_s` waits for all of it.
+    """
     token_s = ratio * train_s / LEASES / (LONGEST * MEDIAN)
     os.environ["SLEEP_TOKEN_S"] = str(token_s)
     with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
@@ -44,7 +47,7 @@ def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict
             run=Run(dir=f"{folder}/run"),
             algorithm=Algorithm(
                 steps=steps + WARM_STEPS, group_size=8, anneal_steps=0, prompts_per_step=4 * LEASES,
-                mini_batch_prompts=4, lookahead=lookahead,
+                mini_batch_prompts=4, lookahead=lookahead, stream_mini_batches=in_parts,
             ),
             rollout=Rollout(lease_prompts=4, max_response_tokens=16 * MEDIAN),
             stream=Stream(credit=256),
@@ -58,7 +61,8 @@ def measure(lookahead: int, ratio: float, *, steps: int, train_s: float) -> dict
     ideal = ideal_ends(generated, trained, lookahead)
     ideal_s = statistics.mean(b - a for a, b in pairwise(ideal[WARM_STEPS - 1 :]))
     return {
-        "case": "fakes", "lookahead": lookahead, "ratio": ratio, "steps": steps, "step_s": step_s, **stages,
+        "case": "fakes, in parts" if in_parts else "fakes",
+        "lookahead": lookahead, "ratio": ratio, "steps": steps, "step_s": step_s, **stages,
         "ideal_s": ideal_s, "step_over_slowest": step_s / max(stages.values()), "step_over_ideal": step_s / ideal_s,
         "ideal_over_slowest": ideal_s / max(stages.values()), "step_over_sum": step_s / sum(stages.values()),
         "loadavg": os.getloadavg()[0],
@@ -89,7 +93,7 @@ def measure_roles(case: Roles, *, steps: int, train_s: float) -> dict[str, Any]:
             run=Run(dir=f"{folder}/run"),
             algorithm=Algorithm(
                 steps=steps, group_size=8, anneal_steps=steps // 2, prompts_per_step=4 * LEASES, mini_batch_prompts=4,
-                lookahead=1,
+                lookahead=1, stream_mini_batches=False,
             ),
             rollout=Rollout(
                 lease_prompts=4, max_response_tokens=16 * MEDIAN, processes=2,
@@ -154,16 +158,31 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
                 if names:
                     pool.hand_over(*names)
                 mixers[0].request(ahead)
-            generated.append(_busy_s(mixers[0].collect(step)))
-            if config.rollout.roles == "handover" and mixers[0].explorer_is_done(step):
-                pool.hand_over()
-            start_s = time.monotonic()
-            time.sleep(train_s)
-            trained.append(time.monotonic() - start_s)
+            groups, trained_s = tuple[Group, ...](), 0.0
+            for part in _parts(mixers[0], step, config.algorithm):
+                groups += part
+                done = len(groups) == config.algorithm.prompts_per_step
+                if config.rollout.roles == "handover" and done and mixers[0].explorer_is_done(step):
+                    pool.hand_over()
+                start_s = time.monotonic()
+                time.sleep(train_s * len(part) / config.algorithm.prompts_per_step)
+                trained_s += time.monotonic() - start_s
+            generated.append(_busy_s(groups))
+            trained.append(trained_s)
             pool.publish_weights(step, weights, sha256)
             ends.append(time.monotonic())
         mixers[0].close()
     return Ran(begin_s, ends, generated, trained)
+
+
+def _parts(mixer: Mixer, step: int, algorithm: Algorithm) -> Iterator[tuple[Group, ...]]:
+    """The groups of a step as trainer.stream hands them out."""
+    size, first = algorithm.mini_batch_prompts if algorithm.in_parts else None, 0
+    while groups := mixer.collect(step, first=first, prompts=size):
+        yield groups
+        if size is None:
+            return
+        first = groups[-1].slot + 1
 
 
 def _wait_until_ready(pool: WorkerPool, count: int) -> None:
