@@ -124,22 +124,7 @@ class Ran(NamedTuple):
 def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = False) -> Ran:
     """A whole run. `starts_over`: its timetable may let learner processes begin as explorers."""
     model = make_model(folder / "model")
-    prompts = [Prompt(uid=f"p{i}", token_ids=(5, i), text=str(i), answer="") for i in range(256)]
-    demand = Demand(config, PromptSchedule(prompts, seed=0, per_step=config.algorithm.prompts_per_step), (1,))
-    ledger = Ledger()
-    buffer = ReplayBuffer(ledger, max_bytes=config.stream.buffer_mb << 20)
-    mixers: list[Mixer] = []
-
-    def receive(purpose: str, completion: Completion) -> None:
-        mixers[0].receive(purpose, completion)
-
-    pool = WorkerPool(
-        config, run_id="bench", incarnation=1, on_completion=receive,
-        terms={source: RoleTerms(model, fingerprints(model, weights=source is Source.EXPLORER), VOCAB)
-               for source in Source},
-        worker_arguments=("--engine", "bench.sleeping_engine:sleeping"),
-    )  # fmt: skip
-    mixers.append(Mixer(config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None))
+    pool, mixer, demand = _stream(config, model)
     weights = model / "model.safetensors"
     sha256 = file_sha256(weights)
     ends, generated, trained = [], [], []
@@ -157,12 +142,12 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
                 names = timetable.due(ahead) if timetable else ()
                 if names:
                     pool.hand_over(*names)
-                mixers[0].request(ahead)
+                mixer.request(ahead)
             groups, trained_s = tuple[Group, ...](), 0.0
-            for part in _parts(mixers[0], step, config.algorithm):
+            for part in _parts(mixer, step, config.algorithm):
                 groups += part
                 done = len(groups) == config.algorithm.prompts_per_step
-                if config.rollout.roles == "handover" and done and mixers[0].explorer_is_done(step):
+                if config.rollout.roles == "handover" and done and mixer.explorer_is_done(step):
                     pool.hand_over()
                 start_s = time.monotonic()
                 time.sleep(train_s * len(part) / config.algorithm.prompts_per_step)
@@ -171,8 +156,29 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
             trained.append(trained_s)
             pool.publish_weights(step, weights, sha256)
             ends.append(time.monotonic())
-        mixers[0].close()
+        mixer.close()
     return Ran(begin_s, ends, generated, trained)
+
+
+def _stream(config: Config, model: Path) -> tuple[WorkerPool, Mixer, Demand]:
+    """Real ones, of workers whose engines sleep."""
+    prompts = [Prompt(uid=f"p{i}", token_ids=(5, i), text=str(i), answer="") for i in range(256)]
+    demand = Demand(config, PromptSchedule(prompts, seed=0, per_step=config.algorithm.prompts_per_step), (1,))
+    ledger = Ledger()
+    buffer = ReplayBuffer(ledger, max_bytes=config.stream.buffer_mb << 20)
+    mixers: list[Mixer] = []
+
+    def receive(purpose: str, completion: Completion) -> None:
+        mixers[0].receive(purpose, completion)
+
+    pool = WorkerPool(
+        config, run_id="bench", incarnation=1, on_completion=receive,
+        terms={source: RoleTerms(model, fingerprints(model, weights=source is Source.EXPLORER), VOCAB)
+               for source in Source},
+        worker_arguments=("--engine", "bench.sleeping_engine:sleeping"),
+    )  # fmt: skip
+    mixers.append(Mixer(config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None))
+    return pool, mixers[0], demand
 
 
 def _parts(mixer: Mixer, step: int, algorithm: Algorithm) -> Iterator[tuple[Group, ...]]:
