@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 
 from bench.paper_statistics import Rule
 
-Statistic = Literal["final", "early", "curve", "regress", "ood", "matched"]
+Statistic = Literal["final", "early", "curve", "regress", "pass8", "ood", "matched"]
 STATISTICS: dict[Statistic, str] = {
     "final": "final pass@1",
     "early": "pass@1 at a quarter of the steps",
     "curve": "pass@1 over the curve",
     "regress": "final pass@1 less the best before",
+    "pass8": "final pass@8",
     "ood": "final pass@1 out of domain",
     "matched": "pass@1 at equal FLOPs",
 }
@@ -134,6 +135,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             Comparison("s2l", "self"),
             Comparison("self", "grpo"),
             Comparison("s2l_hot", "grpo_hot"),
+            Comparison("s2l", "grpo", "pass8"),
+            Comparison("s2l", "self", "pass8"),
         ),
     ),
     Experiment(

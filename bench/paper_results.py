@@ -93,6 +93,8 @@ def value(row: Row, statistic: Statistic) -> float | None:
             return float(np.mean(points))
         case "regress":
             return points[-1] - max(points[:-1])
+        case "pass8":
+            return 100 * row["evaluations"][-1]["eval/pass@8"] if "eval/pass@8" in row["evaluations"][-1] else None
         case "ood":
             return 100 * row["ood"] if "ood" in row else None
         case "matched":

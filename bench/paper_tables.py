@@ -25,7 +25,7 @@ def arms_table(rows: Rows, arms: Sequence[str]) -> str:
         "before": lambda row: curve(row)[0],
         "after": lambda row: value(row, "final"),
         "over curve": lambda row: value(row, "curve"),
-        "pass@8 after": lambda row: curve(row, "eval/pass@8")[-1] if "eval/pass@8" in row["evaluations"][-1] else None,
+        "pass@8 after": lambda row: value(row, "pass8"),
         "dead groups": lambda row: _points(row["means"]["frac_reward_zero_std"]),
         "out of domain": lambda row: value(row, "ood"),
     }
