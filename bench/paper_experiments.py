@@ -199,7 +199,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "corrections", "Which correction for explorer rows",
-        "Nothing: eq. 2 divides by the sampler's probability (S2L-PO here), the released code by the learner's own.",
+        "Nothing: eq. 2 divides by the sampler's probability (S2L-PO here), the released code by the learner's.",
         (
             *(Comparison(arm.name, "s2l") for arm in CORRECTION_ARMS),
             Comparison("rescue", "grpo"),

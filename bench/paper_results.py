@@ -38,9 +38,9 @@ class Result(NamedTuple):
 def summarise(run: Finished, parameters: Mapping[str, int], other: float | None = None) -> Row:
     """What the page needs of one run. `parameters`: of learner and explorer; `other`: its pass@1 out of domain.
 
-    FLOPs: 2 per parameter and generated token, also of completions that did not train (rescue's); training 10 per parameter and token (forward and backward 6, π_old and
-    the reference 2 each), for explorer rows as well, so that it is an upper bound there. `spent` is their running sum
-    at each evaluation.
+    FLOPs: 2 per parameter and generated token, also of completions that did not train (rescue's); training 10 per
+    parameter and token (forward and backward 6, π_old and the reference 2 each), for explorer rows as well, so that it
+    is an upper bound there. `spent` is their running sum at each evaluation.
     """
     rollout, training, spent = 0.0, 0.0, {0: 0.0}
     trained = {source: sum(line[f"{source}/rows"] for line in run.training) for source in parameters}
