@@ -29,9 +29,9 @@ def learning_curves(file: Path, rows: Rows, arms: Sequence[str]) -> bool:
     known = [arm for arm in arms if rows.get(arm)]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.6, 3.4)
-        for number, arm in enumerate(known):
+        for arm, look in _looks(known).items():
             steps, points = _steps(rows[arm]), [curve(row) for row in rows[arm].values()]
-            _band(axes, steps, points, _look(arm, number), f"{ARMS[arm].label} (n = {len(points)})")
+            _band(axes, steps, points, look, f"{ARMS[arm].label} (n = {len(points)})")
         axes.set_xlabel("training step")
         axes.set_ylabel("pass@1 of test problems, per cent")
         return _save(figure, axes, file, bool(known))
@@ -42,10 +42,10 @@ def compute_curves(file: Path, rows: Rows, arms: Sequence[str]) -> bool:
     known = [arm for arm in arms if rows.get(arm)]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.6, 3.4)
-        for number, arm in enumerate(known):
+        for arm, look in _looks(known).items():
             spent = np.mean([row["spent"] for row in rows[arm].values()], axis=0)
             points = [curve(row) for row in rows[arm].values()]
-            _band(axes, spent, points, _look(arm, number), ARMS[arm].label)
+            _band(axes, spent, points, look, ARMS[arm].label)
         axes.set_xlabel("FLOPs of rollouts and training")
         axes.set_ylabel("pass@1 of test problems, per cent")
         return _save(figure, axes, file, bool(known))
@@ -92,8 +92,8 @@ def search_curves(file: Path, search: Mapping[str, Mapping[str, Sequence[float]]
     """pass@1 on the validation problems by learning rate: every run of the search and their means."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.6, 3.0)
-        for number, (name, rates) in enumerate(search.items()):
-            look = _look(name, number)
+        for name, look in _looks(list(search)).items():
+            rates = search[name]
             means = [100 * float(np.mean(values)) for values in rates.values()]
             axes.plot(list(rates), means, label=ARMS[name].label, linewidth=1.5, **look)
             for rate, values in rates.items():
@@ -113,12 +113,19 @@ def _steps(runs: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return [line["step"] for line in next(iter(runs.values()))["evaluations"]]
 
 
-def _look(arm: str, number: int) -> dict[str, Any]:
-    """Colour and line of an arm, the `number`-th of its plot."""
-    method, _, rest = arm.partition("_")
-    if method in METHODS and rest in ("", "family2", "hard"):
-        return {"color": COLOURS[METHODS.index(method)], "linestyle": "--" if rest == "family2" else "-"}
-    return {"color": COLOURS[len(METHODS) + number % (len(COLOURS) - len(METHODS))], "linestyle": "-"}
+def _looks(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each arm of a plot."""
+    looks: dict[str, dict[str, Any]] = {}
+    others = 0
+    for arm in arms:
+        method, _, rest = arm.partition("_")
+        if method in METHODS and rest in ("", "family2", "hard"):
+            looks[arm] = {"color": COLOURS[METHODS.index(method)], "linestyle": "--" if rest == "family2" else "-"}
+        else:
+            rest_of = COLOURS[len(METHODS) :]
+            looks[arm] = {"color": rest_of[others % len(rest_of)], "linestyle": "-"}
+            others += 1
+    return looks
 
 
 def _band(axes: Axes, places: Any, points: Sequence[Sequence[float]], look: Mapping[str, Any], label: str) -> None:
