@@ -1,11 +1,13 @@
 """Rows about rewards: functions that raise, hang, eat memory, die, or return no number."""
 
+import contextlib
 import importlib.util
 import os
 import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.fault_parts import eventually
@@ -93,45 +95,43 @@ def factorial(seed: int) -> Verdict:
 @row("F26c", "kill -9 of a reward worker", quick=True)
 def killed(seed: int) -> Verdict:
     scores = _Scores()
-    with RewardPool("bench.fault_rewards:slow", workers=1, timeout_s=20, on_score=scores) as pool:
-        for number in range(10):
-            pool.submit(number, _item(f"text {number}"))
-        eventually(lambda: len(scores.outcomes) >= 2, "it works")
-        victim = _worker()
-        os.kill(victim, signal.SIGKILL)
-        start = time.monotonic()
-        eventually(lambda: pool.counts["crashed"], "it is noticed")
-        seconds = time.monotonic() - start
-        eventually(lambda: len(scores.outcomes) == 10, "all have an outcome")
+    with _hurt(scores, signal.SIGKILL, "crashed", items=10, timeout_s=20) as (seconds, victim):
         assert not Path(f"/proc/{victim}").exists()
     failures = scores.failures()
     assert failures == {"scored": 9, "crashed": 1}, failures
-    return Verdict(
-        "tolerated",
-        f"{dict(failures)}: replaced; only what it was scoring is asked for again",
-        seconds,
-        **scores.counts(10),
-    )
+    text = f"{dict(failures)}: replaced; only what it was scoring is asked for again"
+    return Verdict("tolerated", text, seconds, **scores.counts(10))
 
 
 @row("F26d", "SIGSTOP of a reward worker", quick=True)
 def stopped(seed: int) -> Verdict:
     scores, timeout_s = _Scores(), 1.0
-    with RewardPool("bench.fault_rewards:slow", workers=1, timeout_s=timeout_s, on_score=scores) as pool:
-        for number in range(6):
-            pool.submit(number, _item(f"text {number}"))
-        eventually(lambda: len(scores.outcomes) >= 2, "it works")
-        victim = _worker()
-        os.kill(victim, signal.SIGSTOP)
-        start = time.monotonic()
-        eventually(lambda: pool.counts["timeout"], "it is overdue")
-        seconds = time.monotonic() - start
-        eventually(lambda: len(scores.outcomes) == 6, "all have an outcome")
+    with _hurt(scores, signal.SIGSTOP, "timeout", items=6, timeout_s=timeout_s) as (seconds, victim):
+        pass
     gone([victim])
     failures = scores.failures()
     assert failures == {"scored": 5, "timeout": 1}, failures
     text = f"{dict(failures)}: killed at its deadline of {timeout_s:g} s and replaced"
     return Verdict("tolerated", text, seconds, **scores.counts(6))
+
+
+@contextlib.contextmanager
+def _hurt(
+    scores: _Scores, how: signal.Signals, counted: str, *, items: int, timeout_s: float
+) -> Iterator[tuple[float, int]]:
+    """Signal the one worker while it scores. Seconds until the pool counted it as such a failure, and its process, once
+    all is scored and the pool still stands."""
+    with RewardPool("bench.fault_rewards:slow", workers=1, timeout_s=timeout_s, on_score=scores) as pool:
+        for number in range(items):
+            pool.submit(number, _item(f"text {number}"))
+        eventually(lambda: len(scores.outcomes) >= 2, "it works")
+        victim = _worker()
+        os.kill(victim, how)
+        start = time.monotonic()
+        eventually(lambda: pool.counts[counted], f"it is counted as {counted}")
+        seconds = time.monotonic() - start
+        eventually(lambda: len(scores.outcomes) == items, "all have an outcome")
+        yield seconds, victim
 
 
 def _worker() -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from core.countdown import EOS_ID, PAD_ID, WORDS
 from trainer.family import Family, default_cache_root, embedded_family
 from trainer.models import save_model
 from trainer.pretrain import Recipe, Shape, build_model, build_tokenizer, read_traces, response_logprobs, train
@@ -61,28 +60,9 @@ def llama_family(folder: Path) -> Family:
     return Family(made / "learner", made / "explorer")
 
 
-def build_llama(shape: Shape, recipe: Recipe) -> LlamaForCausalLM:
+def build_llama(shape: Shape, recipe: Recipe) -> PreTrainedModel:
     """A freshly initialised model in float32 on CPU."""
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=recipe.head_dim,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=recipe.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        initializer_range=shape.init_std,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    return model
+    return build_model(shape, recipe, LlamaForCausalLM)
 
 
 def _explorer(place: Path, explorer: PreTrainedModel, teacher: PreTrainedModel, recipe: Recipe) -> None:

@@ -146,8 +146,7 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
             groups, trained_s = tuple[Group, ...](), 0.0
             for part in _parts(mixer, step, config.algorithm):
                 groups += part
-                done = len(groups) == config.algorithm.prompts_per_step
-                if config.rollout.roles == "handover" and done and mixer.explorer_is_done(step):
+                if config.rollout.roles == "handover" and mixer.explorer_is_done(step):
                     pool.hand_over()
                 start_s = time.monotonic()
                 time.sleep(train_s * len(part) / config.algorithm.prompts_per_step)

@@ -81,6 +81,11 @@ class Correction(Section, frozen=True, kw_only=True):
     learner: SourceCorrection = SourceCorrection(anchor="learner", weight="token_tis")
     explorer_negatives: Annotated[Literal["keep", "drop"], Meta(description="Explorer rows with A < 0 train, or leave the loss (they still count in the group's mean and std).")] = "keep"
 
+    @property
+    def needs_old(self) -> bool:
+        """True where rows of some source do."""
+        return self.explorer.needs_old or self.learner.needs_old
+
 
 class Learner(Section, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face directory of π_θ, or \"embedded:learner\".", min_length=1)] = "embedded:learner"

@@ -129,8 +129,7 @@ def _held_and_trained(config: Config, learner: ModelShape) -> tuple[int, int]:
 
 def _keeps_old(config: Config) -> bool:
     """Whether rows are scored with the weights of the step's start after these have changed."""
-    needed = config.correction.explorer.needs_old or config.correction.learner.needs_old
-    return config.algorithm.in_parts and needed
+    return config.algorithm.in_parts and config.correction.needs_old
 
 
 def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:

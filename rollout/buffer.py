@@ -29,7 +29,8 @@ class ReplayBuffer:
     """Completions by step. At most once: a key that was ever inserted for a step, or whose step is trained, is refused.
 
     `max_bytes` bounds what may be asked for ahead (see `has_room`); the step being collected is always accepted,
-    otherwise the trainer would wait for ever for completions it does not let in.
+    otherwise the trainer would wait for ever for completions it does not let in. `trained_step`: the last of
+    which all is taken.
     """
 
     def __init__(self, ledger: Ledger, *, max_bytes: int) -> None:
@@ -43,14 +44,14 @@ class ReplayBuffer:
         self._dropped_slots: dict[int, set[int]] = defaultdict(set)
         self._scored_of_slot: dict[int, Counter[int]] = defaultdict(Counter)
         self._trained: set[CompletionKey] = set()  # of the step that is being taken
-        self._trained_step = 0
+        self.trained_step = 0
         self._error: Exception | None = None
 
     def insert(self, completion: Completion) -> bool:
         """True if it is to be scored; otherwise it is counted, as rejected or as dropped with its prompt."""
         key = completion.key
         with self._changed:
-            if key.step <= self._trained_step or key in self._trained:
+            if key.step <= self.trained_step or key in self._trained:
                 reason = "late"
             elif key in self._arrived[key.step] or key in self._failed[key.step]:
                 reason = "duplicate"
@@ -119,14 +120,19 @@ class ReplayBuffer:
     def window(self, step: int, slots: range, prompts: int | None = None) -> list[int]:
         """The first `prompts` (None: all) of the step's `slots` that are not dropped."""
         with self._changed:
-            dropped = self._dropped_slots.get(step, ())
-            return list(islice((slot for slot in slots if slot not in dropped), prompts))
+            return list(self._window(step, slots, prompts))
 
     def missing(self, step: int, slots: Sequence[int], per_prompt: int) -> int:
         """Scored completions that these slots of a step still lack."""
         with self._changed:
             scored = self._scored_of_slot[step]
             return sum(per_prompt - scored[slot] for slot in slots)
+
+    def complete(self, step: int, slots: range, prompts: int | None, per_prompt: int) -> bool:
+        """Whether the slots of such a window lack nothing. Asked at every arrival: it ends at the first that does."""
+        with self._changed:
+            scored = self._scored_of_slot[step]
+            return all(scored[slot] >= per_prompt for slot in self._window(step, slots, prompts))
 
     def failed(self, step: int) -> set[CompletionKey]:
         """A snapshot of the step's keys whose reward failed."""
@@ -182,18 +188,22 @@ class ReplayBuffer:
     def restore(self, state: BufferState, trained_step: int) -> None:
         """Continue from a checkpoint; the ledger is restored on its own, so nothing is counted again."""
         with self._changed:
-            self._trained_step = trained_step
+            self.trained_step = trained_step
             for completion in state.completions:
                 self._arrived[completion.key.step][completion.key] = completion
                 self.num_bytes += completion.num_bytes
             for key in state.failed:
                 self._failed[key.step].add(key)
 
+    def _window(self, step: int, slots: range, prompts: int | None) -> Iterator[int]:
+        dropped = self._dropped_slots.get(step, ())
+        return islice((slot for slot in slots if slot not in dropped), prompts)
+
     def _end_step(self, step: int) -> None:
         for key in list(self._arrived.get(step, {})):
             self._remove(key)
             self.ledger.drop(key.source, "spare")
-        self._trained_step = step
+        self.trained_step = step
         self._trained.clear()
         for table in (self._arrived, self._scored, self._failed, self._dropped_slots, self._scored_of_slot):
             table.pop(step, None)

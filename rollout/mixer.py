@@ -9,6 +9,7 @@ unblocked by a score, a failed reward (which asks for a replacement), an error, 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from core.config import Config
 from core.rewards import RewardItem
@@ -98,11 +99,17 @@ class Mixer:
         All that are left from slot `first` on, or the next `prompts` of them, whatever of the others is here: which
         groups these are does not depend on what arrived first. Fewer are the step's last, and none is left then.
         """
-        slots, groups = range(first, len(self.demand.prompts_at(step))), None
+        slots, per_prompt = range(first, len(self.demand.prompts_at(step))), sum(self.demand.quota(step))
+        complete = partial(self.buffer.complete, step, slots, prompts, per_prompt)
+
+        def missing() -> int:
+            return self.buffer.missing(step, self.buffer.window(step, slots, prompts), per_prompt)
+
+        groups = None
         while groups is None:
-            self._wait(f"step {step}", lambda: self._missing(step, slots, prompts))
+            self._wait(f"step {step}", missing, complete)
             with self.buffer.still():  # a reward that failed since may have dropped a prompt
-                if not self._missing(step, slots, prompts):
+                if complete():
                     groups = self._take(step, self.buffer.window(step, slots, prompts), prompts)
         if not groups and not first:
             raise NothingToTrain(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
@@ -127,9 +134,9 @@ class Mixer:
             assert completion.key.source is Source.EXPLORER or completion.version >= oldest, (completion.key, oldest)
 
     def explorer_is_done(self, step: int) -> bool:
-        """Whether, with `step` collected, no explorer completion can be wanted any more: all are here and scored."""
+        """Whether all of `step` is collected and no explorer completion can be wanted any more: all are scored."""
         last = self.demand.last_explorer_step
-        if self._requested[Source.EXPLORER] < last:
+        if self.buffer.trained_step < step or self._requested[Source.EXPLORER] < last:
             return False
         for ahead in range(step + 1, last + 1):
             scored = sum(key.source is Source.EXPLORER for key in self.buffer.scored(ahead))
@@ -139,10 +146,9 @@ class Mixer:
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
-        evaluation = Evaluation(prompts, self.config.evaluation.samples)
-        self._evaluation = evaluation
+        self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
-        self._wait(f"evaluation after step {step}", evaluation.missing)
+        self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
         self._evaluation = None
         return evaluation.by_prompt()
 
@@ -187,15 +193,11 @@ class Mixer:
             for sample in item.samples
         )
 
-    def _missing(self, step: int, slots: range, prompts: int | None) -> int:
-        """Scored completions that the next prompts of a step still lack."""
-        return self.buffer.missing(step, self.buffer.window(step, slots, prompts), sum(self.demand.quota(step)))
-
-    def _wait(self, what: str, missing: Callable[[], int]) -> None:
+    def _wait(self, what: str, missing: Callable[[], int], complete: Callable[[], bool]) -> None:
         """Sleep until nothing is missing; say what for; stop with a name when nothing comes any more."""
         limit_s = self.config.stream.starvation_s
         best, since = missing(), time.monotonic()
-        while not self.buffer.wait(lambda: missing() == 0, POLL_S):
+        while not self.buffer.wait(complete, POLL_S):
             self.pool.check()
             self._rewards.check()
             self._read_recorded()  # a replacement may be on record

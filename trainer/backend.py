@@ -75,7 +75,7 @@ class TorchBackend:
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.optimizer = Optimizer(trained, settings)
         self.forward: Forward = LogprobModel(model)
-        self.start = StartWeights(model.parameters())
+        self.start = StartWeights(trained.values())
         self._spent = False  # the flat gradient is the last update's
 
     @property

@@ -87,7 +87,7 @@ class DeepSpeedBackend:
         self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=self.adamw, config=self._config())
         self.forward: Forward = self.engine
         release = {"release": self.engine.optimizer.empty_partition_cache} if self.stage == 3 else {}
-        self.start = StartWeights(self.parameters.values(), **release)
+        self.start = StartWeights(self.trained.values(), **release)
         self._link_state()
 
     @property

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from core.countdown import EOS_ID, IDS, PAD_ID, WORDS, encode, pretraining_traces
 from trainer.models import save_model
@@ -111,9 +111,9 @@ def build_tokenizer(max_positions: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: Shape, recipe: Recipe) -> Qwen3ForCausalLM:
-    """A freshly initialised model in float32 on CPU."""
-    config = Qwen3Config(
+def build_model(shape: Shape, recipe: Recipe, kind: type[PreTrainedModel] = Qwen3ForCausalLM) -> PreTrainedModel:
+    """A freshly initialised model in float32 on CPU, of Qwen3's or another architecture that has Llama's fields."""
+    config = kind.config_class(
         vocab_size=len(WORDS),
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -130,7 +130,7 @@ def build_model(shape: Shape, recipe: Recipe) -> Qwen3ForCausalLM:
         pad_token_id=PAD_ID,
         dtype="float32",
     )
-    model = Qwen3ForCausalLM(config)
+    model = kind(config)
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     return model
 
@@ -161,7 +161,7 @@ def larger_first(trace: str) -> str:
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     traces: Traces,
     recipe: Recipe,
     *,
@@ -200,13 +200,13 @@ def train(
     model.eval()
 
 
-def response_logprobs(model: Qwen3ForCausalLM, traces: Traces) -> Tensor:
+def response_logprobs(model: PreTrainedModel, traces: Traces) -> Tensor:
     """float32 [N, R, V]: log-probs of the whole vocabulary at every response token."""
     with torch.no_grad():
         return torch.cat([_logprobs(model, ids, traces.prompt_length) for ids in traces.ids.split(512)])
 
 
-def _logprobs(model: Qwen3ForCausalLM, ids: Tensor, prompt_length: int) -> Tensor:
+def _logprobs(model: PreTrainedModel, ids: Tensor, prompt_length: int) -> Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=ids.shape[1] - prompt_length).logits
     return F.log_softmax(logits, dim=-1)
 

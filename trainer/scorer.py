@@ -30,7 +30,7 @@ class Scorer:
     def begin_step(self, *, in_parts: bool) -> None:
         """π_old is π_θ as it is now; `in_parts`: rows will still be scored after updates, so its weights are kept."""
         self.at_start = nullcontext
-        if in_parts and any(correction_of(self.config.correction, source).needs_old for source in Source):
+        if in_parts and self.config.correction.needs_old:
             self.backend.start.keep()
             self.at_start = self.backend.start
 

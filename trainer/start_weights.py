@@ -14,8 +14,7 @@ class StartWeights:
     Example: start.keep(); ...updates...; with start(): log_old = score(...)
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], release: Callable[[], None] = lambda: None) -> None:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+    def __init__(self, trained: Iterable[nn.Parameter], release: Callable[[], None] = lambda: None) -> None:
         # Under ZeRO-3 a parameter is its shard; `release` forgets what a pass gathered from the shards.
         self._holders: list[Tensor] = [getattr(parameter, "ds_tensor", parameter) for parameter in trained]
         self._release = release

@@ -101,8 +101,7 @@ class Rollouts:
         """Groups of `step`, as `Mixer.collect` gives them. Once nothing is wanted of the explorers any more, they may
         be handed over."""
         groups = self.mixer.collect(step, first=first, prompts=prompts)
-        is_last = prompts is None or len(groups) < prompts
-        hands_over = self.config.rollout.roles == "handover" and self._explorers_started and is_last
+        hands_over = self.config.rollout.roles == "handover" and self._explorers_started
         if hands_over and not self._handed_over and self.mixer.explorer_is_done(step):
             self._handed_over = True
             self.pool.hand_over()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 from core.schema import Group, ScoredCompletion, Source
@@ -73,9 +74,8 @@ def wait_shares(parts: Sequence[Part]) -> dict[str, float]:
     Workers of other hosts have other clocks: what does not lie within a wait counts as generation.
     """
     shares = {f"time/wait_for_{name}": 0.0 for name in (*Source, "rewards")}
-    for groups, wait in parts:
-        rows = [row.completion for group in groups for row in group.rows]
-        last = max(rows, key=lambda completion: completion.finished_s)
+    for part in parts:
+        last, wait = max((row.completion for row in _rows(part)), key=lambda row: row.finished_s), part.wait
         generated_s = min(max(last.finished_s, wait.start_s), wait.end_s)
         shares[f"time/wait_for_{last.key.source}"] += generated_s - wait.start_s
         shares["time/wait_for_rewards"] += wait.end_s - generated_s
@@ -87,29 +87,37 @@ def trace_step(tracer: Tracer, step: int, parts: Sequence[Part], spans: Mapping[
     for name, members in spans.items():
         for span in members:
             tracer.add(PROCESS, name, name, span.start_s, span.end_s, {"step": step})
-    for groups, wait in parts:
-        rows = (row for group in groups for row in group.rows)
-        leases = trace_leases(tracer, f"step {step}", rows, {"step": step})
-        trains = next((span for span in spans.get("train", ()) if span.start_s >= wait.end_s), None)
+    trace_leases(tracer, f"step {step}", chain.from_iterable(map(_rows, parts)), {"step": step})
+    for part in parts:
+        trains = next((span for span in spans.get("train", ()) if span.start_s >= part.wait.end_s), None)
         if trains is not None:
-            for lease in leases:
-                tracer.arrow("trains", lease, Moment(PROCESS, "train", trains.start_s))
+            for lease in _by_lease(_rows(part)).values():
+                tracer.arrow("trains", _end(lease), Moment(PROCESS, "train", trains.start_s))
     tracer.flush()
 
 
-def trace_leases(
-    tracer: Tracer, name: str, rows: Iterable[ScoredCompletion], args: Mapping[str, object]
-) -> list[Moment]:
-    """One span per lease that the rows came from; returns where each ends."""
-    leases: dict[tuple[str, float], list[ScoredCompletion]] = {}
-    for row in rows:
-        leases.setdefault((row.completion.worker, row.completion.started_s), []).append(row)
-    ends = []
-    for (worker, started_s), members in leases.items():
-        finished_s = max(row.completion.finished_s for row in members)
-        track = "read" if worker == STORED else "generate"
+def trace_leases(tracer: Tracer, name: str, rows: Iterable[ScoredCompletion], args: Mapping[str, object]) -> None:
+    """One span per lease that the rows came from."""
+    for (worker, started_s), members in _by_lease(rows).items():
+        _, track, finished_s = _end(members)
         versions = sorted({row.completion.version for row in members})
         counts = {"completions": len(members), "weights": versions}
         tracer.add(worker, track, name, started_s, finished_s, {**args, **counts})
-        ends.append(Moment(worker, track, finished_s))
-    return ends
+
+
+def _rows(part: Part) -> Iterator[ScoredCompletion]:
+    return (row for group in part.groups for row in group.rows)
+
+
+def _by_lease(rows: Iterable[ScoredCompletion]) -> dict[tuple[str, float], list[ScoredCompletion]]:
+    leases: dict[tuple[str, float], list[ScoredCompletion]] = {}
+    for row in rows:
+        leases.setdefault((row.completion.worker, row.completion.started_s), []).append(row)
+    return leases
+
+
+def _end(members: Sequence[ScoredCompletion]) -> Moment:
+    """Where the last of a lease's rows was finished."""
+    worker = members[0].completion.worker
+    track = "read" if worker == STORED else "generate"
+    return Moment(worker, track, max(row.completion.finished_s for row in members))

@@ -18,8 +18,11 @@ import torch
 
 from core.configfile import parse_command
 from core.metrics import is_evaluation, read_metrics
+from core.schema import Group
 from rollout.store import read_rollouts, rollout_file
+from trainer.batch import pack_step
 from trainer.family import Family, embedded_family
+from trainer.learner import Learner
 from trainer.pretrain import Recipe, Shape
 from trainer.session import Session
 
@@ -169,6 +172,15 @@ def told(on_step: Callable[[Session, int], None]) -> Callable[..., None]:
         on_step(session, step)
 
     return finish_and_tell
+
+
+def train_step(learner: Learner, groups: Sequence[Group]) -> dict[str, float]:
+    """A whole step of a learner without a run around it; its metrics."""
+    batch = pack_step(groups, learner.config)
+    learner.begin_step(batch)
+    for mini_batch in batch.updates(learner.config.algorithm.epochs):
+        learner.update(mini_batch)
+    return learner.end_step()
 
 
 def training_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from run_parts import train_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,14 +48,6 @@ world.leave()
 
 def load(config, learner_dir, explorer_dir=None, checkpoint=None):
     return Learner.load(config, model_dir=learner_dir, explorer_dir=explorer_dir, world=WORLD, checkpoint=checkpoint)
-
-
-def train(learner, groups):
-    batch = pack_step(groups, learner.config)
-    learner.begin_step(batch)
-    for mini_batch in batch.updates(learner.config.algorithm.epochs):
-        learner.update(mini_batch)
-    return learner.end_step()
 
 
 def train_in_parts(learner, groups):
@@ -101,7 +94,7 @@ def test_a_step_that_trains_part_by_part_makes_the_same_updates(
     whole, parts = (load(config, learner_dir, explorer_dir) for _ in range(2))
     for seed in (1, 2):
         groups = made_up_groups(prompts=5, explorer=2, learner=2, seed=seed)
-        expected, found = train(whole, groups), train_in_parts(parts, groups)
+        expected, found = train_step(whole, groups), train_in_parts(parts, groups)
         assert len(pack_step(groups, config).mini_batches) == 3
         timings = {"time/score", "time/train"}
         assert {k: v for k, v in found.items() if k not in timings} == {
@@ -123,7 +116,7 @@ def test_a_step_that_trains_part_by_part_makes_the_same_updates(
 )
 def test_the_first_ratio_on_policy_is_exactly_one(tiny_config, made_up_groups, learner_dir, overrides):
     config = tiny_config({"correction.explorer.anchor": "learner", "algorithm.mini_batch_prompts": 4, **overrides})
-    metrics = train(load(config, learner_dir), made_up_groups())
+    metrics = train_step(load(config, learner_dir), made_up_groups())
     for source in Source:
         assert metrics[f"{source}/ratio_mean"] == 1.0
         assert metrics[f"{source}/ratio_max"] == 1.0
@@ -132,7 +125,7 @@ def test_the_first_ratio_on_policy_is_exactly_one(tiny_config, made_up_groups, l
 
 
 def test_metrics_of_a_step(tiny_config, made_up_groups, learner_dir):
-    metrics = train(load(tiny_config(), learner_dir), made_up_groups())
+    metrics = train_step(load(tiny_config(), learner_dir), made_up_groups())
     for source in Source:
         for name in (
             "ratio_mean",
@@ -154,7 +147,7 @@ def test_metrics_of_a_step(tiny_config, made_up_groups, learner_dir):
 
 
 def test_a_step_of_plain_grpo_has_no_explorer_metrics(tiny_config, made_up_groups, learner_dir):
-    metrics = train(load(tiny_config(), learner_dir), made_up_groups(explorer=0, learner=4))
+    metrics = train_step(load(tiny_config(), learner_dir), made_up_groups(explorer=0, learner=4))
     assert not [name for name in metrics if name.startswith("explorer/")]
 
 
@@ -207,7 +200,7 @@ def test_two_ranks_make_the_update_of_one(tiny_config, made_up_groups, learner_d
     outputs = [json.loads(output) for output in run_ranks(RANK_PROGRAM, 2, learner_dir, tmp_path)]
     alone = load(config, learner_dir)
     for groups in steps:
-        metrics = train(alone, groups)
+        metrics = train_step(alone, groups)
     ranks = [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in range(2)]
     for name, parameter in alone.model.named_parameters():
         assert torch.equal(ranks[0][name], ranks[1][name])
@@ -222,15 +215,15 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_config, made_up
     config = tiny_config({"learner.dtype": dtype})
     whole, half = load(config, learner_dir), load(config, learner_dir)
     for seed in (1, 2):
-        train(whole, made_up_groups(seed=seed))
-    train(half, made_up_groups(seed=1))
+        train_step(whole, made_up_groups(seed=seed))
+    train_step(half, made_up_groups(seed=1))
     half.save_model(tmp_path)
     half.save_state(tmp_path / "trainer")
     resumed = load(config, learner_dir, checkpoint=tmp_path)
     assert (resumed.step, resumed.backend.optimizer.updates) == (1, 2)
     assert same_bits(resumed, half)
     assert not same_bits(resumed, whole)
-    train(resumed, made_up_groups(seed=2))
+    train_step(resumed, made_up_groups(seed=2))
     assert same_bits(resumed, whole)
     ours, theirs = resumed.backend.optimizer.tensors(), whole.backend.optimizer.tensors()
     assert ours.keys() == theirs.keys()
@@ -243,13 +236,13 @@ def test_a_checkpoint_before_the_first_update_resumes(tiny_config, made_up_group
     first.save_state(tmp_path / "trainer")
     resumed = load(tiny_config(), learner_dir, checkpoint=tmp_path)
     for learner in (first, resumed):
-        train(learner, made_up_groups())
+        train_step(learner, made_up_groups())
     assert same_bits(first, resumed)
 
 
 def test_resuming_in_another_dtype_is_refused(tiny_config, made_up_groups, learner_dir, tmp_path):
     learner = load(tiny_config(), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     learner.save_model(tmp_path)
     learner.save_state(tmp_path / "trainer")
     with pytest.raises(ValueError, match=r"learner\.dtype"):
@@ -258,7 +251,7 @@ def test_resuming_in_another_dtype_is_refused(tiny_config, made_up_groups, learn
 
 def test_the_reference_stays_the_starting_model_after_a_resume(tiny_config, made_up_groups, learner_dir, tmp_path):
     learner = load(tiny_config(), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     learner.save_model(tmp_path)
     learner.save_state(tmp_path / "trainer")
     resumed = load(tiny_config(), learner_dir, checkpoint=tmp_path)
@@ -270,7 +263,7 @@ def test_a_saved_directory_loads_in_transformers_with_the_same_logits(
     tiny_config, made_up_groups, learner_dir, tmp_path
 ):
     learner = load(tiny_config(), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     learner.save_model(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     ids = torch.tensor([[5, 9, 12, 3]])
@@ -282,7 +275,7 @@ def test_a_saved_directory_loads_in_transformers_with_the_same_logits(
 
 def test_written_weights_are_those_of_the_saved_model(tiny_config, made_up_groups, learner_dir, tmp_path):
     learner = load(tiny_config(), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     learner.save_model(tmp_path)
     file = tmp_path / "weights" / "version_000001.safetensors"
     digest = learner.write_weights(file)
@@ -298,20 +291,20 @@ def test_non_finite_updates_are_skipped_counted_and_then_stop_the_run(tiny_confi
     learner, untouched = load(config, learner_dir), load(config, learner_dir)
     good, bad = made_up_groups(), spoil(made_up_groups())
     for skipped in (1, 2):
-        metrics = train(learner, bad)
+        metrics = train_step(learner, bad)
         assert metrics["fault/skipped_updates"] == skipped
         assert same_bits(learner, untouched)
-    train(learner, good)  # a good update starts the count anew
-    train(learner, bad)
-    train(learner, bad)
+    train_step(learner, good)  # a good update starts the count anew
+    train_step(learner, bad)
+    train_step(learner, bad)
     with pytest.raises(NonFiniteUpdatesError, match="3 updates in a row were skipped at step 6"):
-        train(learner, bad)
+        train_step(learner, bad)
 
 
 def test_gradient_checkpointing_gives_the_same_update(tiny_config, made_up_groups, learner_dir):
     learners = [load(tiny_config({"learner.gradient_checkpointing": on}), learner_dir) for on in (False, True)]
     for learner in learners:
-        train(learner, made_up_groups())
+        train_step(learner, made_up_groups())
     assert learners[1].model.is_gradient_checkpointing
     for a, b in zip(*(learner.model.parameters() for learner in learners)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -321,7 +314,7 @@ def test_bfloat16_accumulates_updates_that_its_own_precision_would_lose(tiny_con
     config = tiny_config({"learner.dtype": "bfloat16", "learner.learning_rate": 1e-5, "learner.warmup_updates": 0})
     learner = load(config, learner_dir)
     before = {name: master.detach().clone() for name, master in learner.backend.optimizer.masters.items()}
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     moved = [
         float((master.detach() - before[name]).abs().mean())
         for name, master in learner.backend.optimizer.masters.items()

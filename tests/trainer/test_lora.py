@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import run_parts
 import torch
+from run_parts import train_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,14 +23,6 @@ IDS = torch.tensor([[5, 9, 12, 3, 7]])
 
 def load(config, model_dir, checkpoint=None):
     return Learner.load(config, model_dir=model_dir, explorer_dir=None, world=WORLD, checkpoint=checkpoint)
-
-
-def train(learner, groups):
-    batch = pack_step(groups, learner.config)
-    learner.begin_step(batch)
-    for mini_batch in batch.updates(learner.config.algorithm.epochs):
-        learner.update(mini_batch)
-    return learner.end_step()
 
 
 def save(learner, directory):
@@ -59,7 +52,7 @@ def logits(model):
 def test_only_adapters_train(tiny_config, made_up_groups, learner_dir, overrides):
     learner = load(tiny_config(LORA | overrides), learner_dir)
     before = weights(learner)
-    metrics = train(learner, made_up_groups())
+    metrics = train_step(learner, made_up_groups())
     assert metrics["fault/skipped_updates"] == 0
     after = weights(learner)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -79,7 +72,7 @@ def test_what_is_saved_is_the_merged_model(tiny_config, made_up_groups, write_ti
     assert start.keys() == first.keys()
     assert all(torch.equal(start[name], first[name]) for name in start)  # B = 0
     for seed in (1, 2):
-        train(learner, made_up_groups(seed=seed))
+        train_step(learner, made_up_groups(seed=seed))
     learner.save_model(tmp_path / "saved")
     learner.write_weights(tmp_path / "version_1.safetensors")
     saved, published = (
@@ -101,7 +94,7 @@ def test_the_reference_is_the_model_without_its_adapter(tiny_config, made_up_gro
     settings = {"loss.kl_rows": "all", "correction.explorer.anchor": "learner"}
     config = tiny_config(LORA | settings)
     learner, plain = load(config, learner_dir), load(tiny_config(settings), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     required = [parameter.requires_grad for parameter in learner.model.parameters()]
     step = pack_step(made_up_groups(seed=2), config)
     for each in (learner, plain):
@@ -119,11 +112,11 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_config, made_up
     config = tiny_config({**LORA, "learner.dtype": dtype})
     whole, half = load(config, learner_dir), load(config, learner_dir)
     for seed in (1, 2):
-        train(whole, made_up_groups(seed=seed))
-    train(half, made_up_groups(seed=1))
+        train_step(whole, made_up_groups(seed=seed))
+    train_step(half, made_up_groups(seed=1))
     save(half, tmp_path)
     resumed = load(config, learner_dir, checkpoint=tmp_path)
-    train(resumed, made_up_groups(seed=2))
+    train_step(resumed, made_up_groups(seed=2))
     ours, theirs = weights(resumed), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = dict(resumed.backend.state()), dict(whole.backend.state())
@@ -134,7 +127,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_config, made_up
 
 def test_an_adapter_of_other_weights_is_refused(tiny_config, made_up_groups, learner_dir, write_tiny_model, tmp_path):
     learner = load(tiny_config(LORA), learner_dir)
-    train(learner, made_up_groups())
+    train_step(learner, made_up_groups())
     save(learner, tmp_path / "checkpoint")
     write_tiny_model(tmp_path / "other", seed=7)
     with pytest.raises(ValueError, match=r"was trained beside other weights than learner\.model"):

@@ -103,6 +103,18 @@ def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
     assert sorted(end["ts"] for end in ends.values()) == [11.1e6, 12.8e6]  # the update that each part was for
 
 
+def test_a_lease_whose_rows_train_in_two_parts_is_drawn_once(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path)
+    parts = [Part((group(ROWS[1]),), Span(8.0, 9.5)), Part((group(ROWS[2]),), Span(10.0, 12.5))]
+    trace_step(tracer, 1, parts, {"train": [Span(9.5, 10.0), Span(12.5, 13.0)]})
+    tracer.close()
+    events = read_trace(tmp_path)
+    (lease,) = [event for event in events if event["ph"] == "X" and event["name"] == "step 1"]
+    assert (lease["ts"], lease["dur"], lease["args"]["completions"]) == (8e6, 4e6, 2)
+    assert sorted(event["ts"] for event in events if event["ph"] == "s") == [9e6, 12e6]  # as their rows were finished
+    assert sorted(event["ts"] for event in events if event["ph"] == "f") == [9.5e6, 12.5e6]
+
+
 def line(**seconds: float) -> dict[str, float]:
     named = {f"time/{name}": value for name, value in seconds.items() if name != "total"}
     return {"step_time": seconds["total"], **named}

@@ -143,11 +143,7 @@ def config_of(root: Path, overrides: dict[str, object]) -> Config:
 def weights_after(root: Path, groups: list[Group], overrides: dict[str, object]) -> tuple[torch.Tensor, dict]:
     config, family = config_of(root, overrides), run_parts.tiny_family(root)
     learner = Learner.load(config, model_dir=family.learner, explorer_dir=family.explorer, world=WORLD)
-    batch = pack_step(groups, config)
-    learner.begin_step(batch)
-    for mini_batch in batch.updates(config.algorithm.epochs):
-        learner.update(mini_batch)
-    metrics = learner.end_step()
+    metrics = run_parts.train_step(learner, groups)
     return torch.cat([parameter.detach().flatten() for parameter in learner.model.parameters()]), metrics
 
 
