@@ -85,7 +85,8 @@ def run_stage(name: str, out: Path, *, dry: bool, limit_s: float) -> dict[str, A
 
 def environment(*, dry: bool) -> dict[str, str]:
     """The stage's environment: no network, and the interpreter in a dry run."""
-    chosen = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    chosen = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     if dry:
         return chosen | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     chosen.pop("TRITON_INTERPRET", None)

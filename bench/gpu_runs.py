@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.kernel_times import shares
 from bench.rivals import Problem, ours
 from kernels import products, row_triton
 from kernels.arguments import LossRows, LossSettings
@@ -95,20 +96,6 @@ def _products(problem: Problem, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def shares(case: Any) -> list[dict[str, Any]]:
-    """Kernels of one call by their share of device time, the ten largest."""
-    cuda = torch.cuda.is_available()
-    case()
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with torch.profiler.profile(activities=kinds) as profile:
-        case()
-    attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
-    spent = {event.key: float(getattr(event, attribute)) for event in profile.key_averages()}
-    total = sum(spent.values()) or 1.0
-    largest = sorted(spent.items(), key=lambda pair: -pair[1])[:10]
-    return [{"kernel": name[:60], "ms": us / 1e3, "share": us / total} for name, us in largest]
-
-
 def embedded_default(out: Path, dry: bool) -> Report:
     """The embedded default on the GPU: torchrun trainer/main.py with few steps."""
     settings = ["algorithm.steps=6", "algorithm.anneal_steps=4", "evaluation.problems=32"]
@@ -116,18 +103,26 @@ def embedded_default(out: Path, dry: bool) -> Report:
 
 
 def end_to_end(out: Path, dry: bool) -> Report:
-    """Learner of 1.7B and explorer of 0.6B parameters with random weights, sharing the GPU."""
+    """Learner of 1.7B and explorer of 0.6B parameters with random weights on one GPU, at lookahead 0 and 1."""
     models = out / "models"
     for name, shape in (("learner", TOY if dry else LEARNER), ("explorer", TOY if dry else EXPLORER)):
         make_model(models / name, shape, dry)
     tokens = 24 if dry else 512
     settings = [
         f"learner.model={models / 'learner'}", f"explorer.model={models / 'explorer'}", "learner.dtype=bfloat16",
-        "learner.gradient_checkpointing=true", "learner.micro_batch_rows=8", f"rollout.max_response_tokens={tokens}",
-        "algorithm.steps=3", "algorithm.anneal_steps=2", "algorithm.prompts_per_step=16",
-        "algorithm.mini_batch_prompts=8", "data.eval=", "checkpoint.every=1000",
+        "learner.gradient_checkpointing=true", "learner.micro_batch_tokens=16384",
+        f"rollout.max_response_tokens={tokens}", "algorithm.steps=4", "algorithm.anneal_steps=3",
+        "algorithm.prompts_per_step=32", "algorithm.mini_batch_prompts=16", "data.eval=", "checkpoint.every=1000",
     ]  # fmt: skip
-    return train(out / "end_to_end_run", settings, dry)
+    report: Report = {"status": "ok", "tables": {}, "facts": {}}
+    for lookahead in (0, 1):
+        done = train(out / f"lookahead_{lookahead}", [*settings, f"algorithm.lookahead={lookahead}"], dry)
+        if done["status"] != "ok":
+            return report | done
+        report["tables"] |= {f"lookahead {lookahead}: {t}": rows for t, rows in done.get("tables", {}).items()}
+        report["facts"] |= {f"lookahead {lookahead}: {f}": value for f, value in done.get("facts", {}).items()}
+        save("end_to_end", out, report)
+    return report
 
 
 def make_model(folder: Path, shape: dict[str, Any], dry: bool) -> None:

@@ -24,6 +24,9 @@ def train(out: Path, dry: bool) -> Report:
         report["tables"][f"training, {shape}"] = rows
         for row in learner.measure_cases(shape, names, ranks=1, rounds=1 if dry else 3):
             rows.append({column: row.get(column) for column in COLUMNS})
+            for part in ("phases", "kernels"):
+                if row.get(part):
+                    report["tables"][f"{part} of an update: {row['case']}, {shape}"] = row[part]
             save("train", out, report)
     return report
 

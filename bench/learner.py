@@ -15,16 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench import measure
+from bench import kernel_times, measure
 from core.config import Algorithm, Config, Loss, Rollout
 from core.config import Learner as LearnerSettings
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
+from trainer.backend import Backend
 from trainer.batch import StepBatch, pack_step
 from trainer.learner import Learner
 from trainer.models import DTYPES, load_model
@@ -105,14 +106,21 @@ def make_config(case: dict[str, Any], shape: str) -> Config:
     return Config(algorithm=algorithm, loss=Loss(kl_coef=0.0), learner=settings, rollout=rollout)
 
 
-def learner_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Callable[[], float]:
+class Step(NamedTuple):
+    """A case: `run` makes one update and returns its loss; `backend` is that of our learner."""
+
+    run: Callable[[], float]
+    backend: Backend | None = None
+
+
+def learner_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Step:
     """One update of our learner."""
     learner = Learner.load(config, model_dir=directory, explorer_dir=None, world=world)
     learner.begin_step(batch)
-    return lambda: learner.update(batch.mini_batches[0])["loss"]
+    return Step(lambda: learner.update(batch.mini_batches[0])["loss"], learner.backend)
 
 
-def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Callable[[], float]:
+def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) -> Step:
     """Padded rows, logits, log-softmax, PPO's clipped loss, gradient clipping, AdamW: the steps that TRL takes."""
     model = load_model(directory, dtype=DTYPES[config.learner.dtype], device=world.device, key="--shape")
     if config.learner.gradient_checkpointing:
@@ -140,7 +148,7 @@ def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) 
         optimizer.zero_grad()
         return total
 
-    return step
+    return Step(step)
 
 
 def measure_cases(shape: str, names: Sequence[str], *, ranks: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -162,23 +170,26 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     world = World.join()
     config = make_config(CASES[name], shape)
     batch = pack_step(make_groups(shape), config, rank=world.rank, world_size=world.size)
-    held: list[Callable[[], float]] = []
+    held: list[Step] = []
     losses: list[float] = []
 
     def build() -> None:
         held.append((learner_step if CASES[name] else plain_step)(config, directory, batch, world))
-        losses.append(held[0]())  # the first makes the optimizer's state
+        losses.append(held[0].run())  # the first makes the optimizer's state
 
     peak = max(measure.peak_bytes(build) or 0, 0)
-    seconds = measure.interleave({name: held[0]}, rounds=rounds)[name]
+    run, backend = held[0]
+    seconds = measure.interleave({name: run}, rounds=rounds)[name]
     summary = measure.summary(seconds)
     rows = [len(g.prompt.token_ids) + len(r.completion.tokens) for g in make_groups(shape) for r in g.rows]
     slots = sum(micro.ids_BL.numel() for micro in batch.mini_batches[0].micro_batches) * world.size
-    found = {
+    found: dict[str, Any] = {
         "case": name, "shape": shape, "ranks": world.size, "tokens": sum(rows), "loss": losses[0], **summary,
         "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "padding": 1 - sum(rows) / slots,
         "mfu": _utilisation(shape, rows, summary["median_s"] * world.size, frozen="lora_rank" in CASES[name]),
     }  # fmt: skip
+    found["kernels"] = kernel_times.shares(run) if torch.cuda.is_available() else []
+    found["phases"] = kernel_times.phases(run, backend) if backend is not None else []
     if world.is_main:
         print(json.dumps(found), flush=True)
     world.leave()

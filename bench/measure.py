@@ -1,6 +1,7 @@
 """How every benchmark measures and records: warm-up, interleaved rounds, medians, the machine beside each number."""
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -33,7 +34,8 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" if tracked files differ from it; "unknown" outside of a repository."""
+    """The checkout's commit, with "+" if tracked files differ from it; outside of a repository what BENCH_COMMIT says,
+    else "unknown"."""
     root = RESULTS.parents[1]
 
     def git(*arguments: str) -> str:
@@ -41,7 +43,9 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     name = git("rev-parse", "--short", "HEAD")
-    return (name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) if name else "unknown"
+    if not name:
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    return name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def interleave(cases: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ Shape suffixes: N tokens of all rows, R rows, L tokens of the longest row, H que
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -52,7 +53,7 @@ def packed_attention(
 
     Row r is tokens cu_seq_lens_q[r] … cu_seq_lens_q[r + 1] − 1, as transformers names it. Without it every batch row
     is one row, as for a model's own forward. bf16 and fp16 on a GPU run flash-attn where it is installed, else
-    torch's varlen_attn (2.13 and later); everything else SDPA, short rows padded within the attention only.
+    torch's varlen_attn; everything else SDPA, short rows padded within the attention only.
     """
     assert attention_mask is None, "rows are told apart by cu_seq_lens_q alone"
     assert dropout == 0, "models train without dropout"
@@ -67,10 +68,7 @@ def packed_attention(
 
 def _kernel(query: Tensor, longest: int) -> Callable[..., Tensor]:
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("flash_attn"):
-            return _flash
-        if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
-            return _varlen
+        return _flash if importlib.util.find_spec("flash_attn") else _varlen
     return _padded if longest < LONG_ROW else _row_by_row
 
 
@@ -85,8 +83,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
 def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # Torch 2.11 has no such argument and takes grouped heads as they are.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     out = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out

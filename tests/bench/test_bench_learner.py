@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.kernel_times import phases, shares
 from bench.learner import CASES, learner_step, make_config, make_groups, make_model, plain_step
 from trainer.batch import pack_step
 from trainer.world import World
@@ -18,8 +19,8 @@ def losses(tmp_path_factory):
     for name in ("plain hugging face", "torch padded", "torch packed"):
         config = make_config(CASES[name], "tiny")
         step = learner_step if CASES[name] else plain_step
-        run = step(config, directory, pack_step(make_groups("tiny"), config), WORLD)
-        found[name] = [run() for _ in range(3)]
+        case = step(config, directory, pack_step(make_groups("tiny"), config), WORLD)
+        found[name] = [case.run() for _ in range(3)]
     return found
 
 
@@ -28,6 +29,21 @@ def test_every_case_makes_the_same_updates(losses):
     assert len(set(first)) == 3
     for other in others:
         assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_an_update_is_taken_apart_and_put_together_again(tmp_path):
+    make_model(tmp_path, "tiny")
+    config = make_config(CASES["torch packed"], "tiny")
+    case = learner_step(config, tmp_path, pack_step(make_groups("tiny"), config), WORLD)
+    methods = {name: getattr(case.backend, name) for name in ("forward", "backward", "step")}
+    found = {row["phase"]: row for row in phases(case.run, case.backend)}
+    assert set(found) == {"forward", "backward", "optimizer", "other"}
+    assert sum(row["share"] for row in found.values()) == pytest.approx(1)
+    assert all(row["s"] > 0 for row in found.values())
+    assert {name: getattr(case.backend, name) for name in methods} == methods
+    spent = shares(case.run)
+    assert sum(row["share"] for row in spent) <= 1
+    assert any("mm" in row["kernel"] for row in spent)
 
 
 def test_packed_cases_have_no_padding():

@@ -30,6 +30,8 @@ def test_a_run_whose_processes_change_roles_trains_what_a_dedicated_one_trains(
     joins = "is gone: its process joins the learner's rollouts"
     joined = {line.partition(".")[0] for line in capfd.readouterr().out.splitlines() if joins in line}
     assert "explorer-0" in joined  # when its own work was done
-    assert {"explorer-0"} <= workers["explorer"] <= {"explorer-0", "learner-1"}  # learner-0 begins as what it is
+    # learner-0 begins as what it is; either of the others may be up late and find the explorer's work done.
+    assert workers["explorer"]
+    assert workers["explorer"] <= {"explorer-0", "learner-1"}
     counters = [event for event in read_trace(handed) if event["ph"] == "C" and event["name"] == "learner workers"]
     assert [event["args"]["planned"] for event in counters] == [1, 1, 2, 2, 2]  # quotas 4+0, 3+1, 2+2, 0+4, 0+4
