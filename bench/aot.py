@@ -43,22 +43,26 @@ def variants() -> list[Variant]:
     from kernels import linear_logprob as head
     from kernels import policy_loss, ragged
     from kernels.ragged_triton import TOKEN_BLOCK
-    from kernels.row_triton import RATIOS, ROW_BLOCK, ROW_OPTIONS
+    from kernels.row_triton import DEPTH, GRADIENT_BLOCK, LINE_BYTES, RATIOS, ROW_OPTIONS, SCALE_BLOCK
 
     found, width = [], (ROW_OPTIONS["num_warps"], tuple(ROW_OPTIONS.items()))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
         types = {"logits": f"*{logits}", "out": f"*{out}"}
         name = f"{logits} to {out}"
-        wide = {"BLOCK": ROW_BLOCK}
+        tile = {"DEPTH": DEPTH, "LANES": LINE_BYTES // (4 if logits == "fp32" else 2)}
+        block = {"BLOCK": GRADIENT_BLOCK}
         if logits != out or logits == "bf16":
-            found.append(Variant(f"statistics {logits}", head.statistics_kernel, wide, types, (), *width))
-        found.append(Variant(f"gradient {name}", head.gradient_kernel, wide, types, (), *width))
+            found.append(Variant(f"statistics {logits}", head.statistics_kernel, tile, types, (), *width))
+        found.append(Variant(f"gradient {name}", head.gradient_kernel, block, types, (), *width))
         for ratio in ("token", "cispo"):
-            constants = {**wide, "RATIO": RATIOS[ratio]}
+            constants = {**tile, **block, "RATIO": RATIOS[ratio]}
             found.append(Variant(f"{ratio} loss {name}", head.loss_kernel, constants, types, (), *width))
+    for out in ("bf16", "fp32"):
+        types = {"source": "*fp32", "factor": "*fp32", "out": f"*{out}", "size": "i64"}
+        found.append(Variant(f"scale to {out}", head.scale_kernel, {"BLOCK": SCALE_BLOCK}, types))
     plain = ("is_weight", "ref", "kl_weight", "mask", "grad_entropy")
-    constants = {"BLOCK": ROW_BLOCK, "RATIO": RATIOS["token"]}
-    types = {"logits": "*fp32", "out": "*bf16"}
+    constants = {**tile, **block, "RATIO": RATIOS["token"]}
+    types = {"logits": "*fp32", "out": "*fp32"}
     found.append(Variant("token loss, no options", head.loss_kernel, constants, types, plain, *width))
     for ratio, number in RATIOS.items():
         constants = {"BLOCK": TOKEN_BLOCK, "RATIO": number}
@@ -99,7 +103,19 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         "warps": variant.warps,
         "shared_bytes": built.metadata.shared,
         **report,
+        "reductions": reductions(built.asm["ttgir"]),
     }
+
+
+def reductions(ttgir: str) -> list[str]:
+    """What each reduction of a kernel runs over: shape and, in full, which thread holds which element.
+
+    Kernels that must round alike have equal lists: a compiler that spreads a row over threads in another way adds it
+    up in another order.
+    """
+    layouts = dict(re.findall(r"^(#blocked\d*) = (.*)$", ttgir, re.MULTILINE))
+    operands = re.findall(r"^\s*}\) : \((tensor<.*?>)\) -> ", ttgir, re.MULTILINE)
+    return [re.sub(r"#blocked\d*", lambda name: layouts[name[0]], operand) for operand in operands]
 
 
 def assemble(ptx: str, capability: int) -> dict[str, int]:
@@ -145,6 +161,8 @@ def main(arguments: list[str]) -> int:
     else:
         from bench import measure
 
+        for row in rows:
+            del row["reductions"]
         print(measure.table(rows, ["kernel", "chip", "warps", "registers", "spill_stores", "shared_bytes"]))
         print(f"appended to {measure.record('aot', rows)}")
     print("\n".join(faults), file=sys.stderr)

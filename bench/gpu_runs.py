@@ -18,7 +18,7 @@ from kernels.arguments import LossRows, LossSettings
 from kernels.rows import RowWeights
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = [(4096, 8), (8192, 16), (16384, 32), (32768, 32)]
+TILES = [(8, 2048), (8, 4096), (8, 8192), (16, 8192), (32, 16384)]
 QWEN3 = {"vocab_size": 151_936, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
          "head_dim": 128, "tie_word_embeddings": True}  # fmt: skip
 LEARNER = {**QWEN3, "hidden_size": 2048, "intermediate_size": 6144}
@@ -57,19 +57,19 @@ def _row_kernel(problem: Problem, count: int, fp32: bool) -> list[dict[str, Any]
     zeros = torch.zeros(count, device=logits.device)
     rows, weights = LossRows(zeros, zeros + 1), RowWeights(zeros + 1, None)
     arguments = (logits, problem.targets[:count], zeros + 1, rows, weights, LossSettings(), problem.weight.dtype)
-    before = row_triton.ROW_BLOCK, dict(row_triton.ROW_OPTIONS)
+    before = row_triton.LINE_BYTES, row_triton.GRADIENT_BLOCK, dict(row_triton.ROW_OPTIONS)
     found = []
-    for block, warps in BLOCKS if logits.is_cuda else BLOCKS[:1]:
-        row_triton.ROW_BLOCK = block
-        row_triton.ROW_OPTIONS |= {"num_warps": warps, "maxnreg": min(255, 65536 // (warps * 32))}
+    for warps, block in TILES if logits.is_cuda else TILES[:1]:
+        row_triton.LINE_BYTES, row_triton.GRADIENT_BLOCK = warps * 32 * 16, block
+        row_triton.ROW_OPTIONS["num_warps"] = warps
         seconds = measure.interleave(
-            {"k": lambda: row_triton.loss_and_gradient(*arguments)}, rounds=5 if logits.is_cuda else 1
+            {"k": lambda: row_triton.loss_and_gradient(*arguments)}, rounds=9 if logits.is_cuda else 1
         )["k"]
         moved = count * width * (kind.itemsize + problem.weight.dtype.itemsize)
         time_s = measure.summary(seconds)["median_s"]
-        found.append({"logits": str(kind)[6:], "block": block, "warps": warps, "ms": time_s * 1e3,
+        found.append({"logits": str(kind)[6:], "warps": warps, "block": block, "ms": time_s * 1e3,
                       "gb_per_s": moved / time_s / 1e9})  # fmt: skip
-    row_triton.ROW_BLOCK, row_triton.ROW_OPTIONS = before
+    row_triton.LINE_BYTES, row_triton.GRADIENT_BLOCK, row_triton.ROW_OPTIONS = before
     return found
 
 

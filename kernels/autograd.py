@@ -129,7 +129,9 @@ class _LinearPolicyLoss(Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: LossJob) -> tuple[Tensor, ...]:
         want_hidden, want_weight, _ = ctx.needs_input_grad
         into, outputs = job.run(hidden, weight, want_hidden=want_hidden, want_weight=want_weight)
-        ctx.gradients = _cast(into.hidden, hidden.dtype), _cast(into.weight, weight.dtype)
+        # In float32 until they are scaled, so that they are rounded once.
+        ctx.gradients = into.hidden, None if job.main_grad is not None else into.weight
+        ctx.dtypes, ctx.scaled = (hidden.dtype, weight.dtype), job.plan.backend.scaled
         ctx.in_place = job.main_grad is not None
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
@@ -143,11 +145,9 @@ class _LinearPolicyLoss(Function):
             torch._assert_async(
                 grad_loss == 1, "main_grad needs an upstream gradient of 1: put factors in token_weight"
             )
-            return d_hidden, None, None
-        for gradient in (d_hidden, d_weight):
-            if gradient is not None:
-                gradient.mul_(grad_loss)
-        return d_hidden, d_weight, None
+            return _cast(d_hidden, ctx.dtypes[0]), None, None
+        pairs = zip((d_hidden, d_weight), ctx.dtypes)
+        return *(None if d is None else ctx.scaled(d, grad_loss, dtype) for d, dtype in pairs), None
 
 
 def policy_loss(

@@ -13,12 +13,15 @@ from kernels.tl_math import load_or, row_gradient, row_statistics, token_loss
 
 
 @triton.jit
-def statistics_kernel(logits, row_stride, targets, inverse_temperature, table, columns, BLOCK: tl.constexpr):
+def statistics_kernel(
+    logits, row_stride, targets, inverse_temperature, table, columns, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """table [4, C]: log-prob, entropy, maximum and log of the sum of each row."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
     target, scale = tl.load(targets + row), tl.load(inverse_temperature + row)
-    logprob, entropy, top, log_sum = row_statistics(logits + row * row_stride, target, scale, columns, BLOCK)
+    source = logits + row * row_stride
+    logprob, entropy, top, log_sum = row_statistics(source, target, scale, columns, DEPTH, LANES)
     tl.store(table + row, logprob)
     tl.store(table + count + row, entropy)
     tl.store(table + 2 * count + row, top)
@@ -45,9 +48,10 @@ def gradient_kernel(
 def loss_kernel(
     logits, row_stride, out, out_stride, targets, inverse_temperature, table,
     anchor, advantage, is_weight, ref, kl_weight, mask, token_weight, grad_entropy,
-    low, high, dual_clip, kl_coef, columns, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    low, high, dual_clip, kl_coef, columns,
+    RATIO: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row from raw logits to their gradient: statistics, loss and slopes, then dz, the second read from cache.
+    """One row from raw logits to their gradient: statistics, loss and slopes, then dz.
 
     table [10, C]: the four statistics, loss, ratio, clipped low, clipped high, dual-clipped, kl.
     """
@@ -55,7 +59,7 @@ def loss_kernel(
     count = tl.num_programs(0)
     target, scale = tl.load(targets + row), tl.load(inverse_temperature + row)
     source = logits + row * row_stride
-    logprob, entropy, top, log_sum = row_statistics(source, target, scale, columns, BLOCK)
+    logprob, entropy, top, log_sum = row_statistics(source, target, scale, columns, DEPTH, LANES)
     loss, slope, kl_slope, ratio, below, above, dual, kl = token_loss(
         logprob, row, row >= 0, anchor, advantage, is_weight, ref, kl_weight, mask, None,
         low, high, dual_clip, kl_coef, RATIO,
@@ -74,3 +78,11 @@ def loss_kernel(
     tl.store(table + 7 * count + row, above.to(tl.float32))
     tl.store(table + 8 * count + row, dual.to(tl.float32))
     tl.store(table + 9 * count + row, kl)
+
+
+@triton.jit
+def scale_kernel(source, factor, out, size, BLOCK: tl.constexpr):
+    """out [size] = source·factor, rounded once, to out's dtype; factor is one float32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < size)

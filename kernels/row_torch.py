@@ -38,6 +38,11 @@ def statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> 
     return _statistics(logits, targets, inverse_temperature, overwrite=False)
 
 
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient·factor in `dtype`, in place where that is the gradient's own."""
+    return gradient.mul_(factor).to(dtype)
+
+
 def _statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor, *, overwrite: bool) -> RowStatistics:
     """`overwrite` leaves e^{z − max} in the logits' place, with 0 in the target's column."""
     columns = torch.empty(4, logits.shape[0], dtype=logits.dtype, device=logits.device)

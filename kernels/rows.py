@@ -77,3 +77,6 @@ class Backend(Protocol):
         settings: LossSettings,
         dtype: torch.dtype,
     ) -> RowResult: ...
+
+    def scaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """gradient·factor (a scalar on its device) in `dtype`; takes the gradient's memory where it can."""

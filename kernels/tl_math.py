@@ -129,19 +129,18 @@ def token_loss(
 
 
 @triton.jit
-def row_statistics(logits, target, scale, columns, BLOCK: tl.constexpr):
+def row_statistics(logits, target, scale, columns, DEPTH: tl.constexpr, LANES: tl.constexpr):
     """(log-prob of the target, entropy, max, log Σ e^{z − max}) of one row z = logits·scale, in one read.
 
-    The running maximum starts at the target's logit, and the sum leaves the target out: the log-prob is
-    −softplus(log Σ_{j≠y} e^{z_j} − z_y), exact where z_y − logsumexp would round to 0.
+    Every lane keeps its own running maximum and sums over the columns it sees, so that threads meet once, at the end.
+    The sum leaves the target out: the log-prob is −softplus(log Σ_{j≠y} e^{z_j} − z_y), exact where z_y − logsumexp
+    would round to 0.
     """
-    offsets = tl.arange(0, BLOCK)
-    known = (target >= 0) & (target < columns)
-    own = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32) * scale
-    top = own
-    others = 0.0
-    moment = 0.0
-    for start in range(0, columns, BLOCK):
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    top = tl.full([LANES], NEGATIVE_INFINITY, tl.float32)
+    others = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)
+    for start in range(0, columns, DEPTH * LANES):
         cols = start + offsets
         z = tl.load(logits + cols, mask=cols < columns, other=NEGATIVE_INFINITY).to(tl.float32) * scale
         best = tl.maximum(top, tl.max(z, axis=0))
@@ -149,17 +148,30 @@ def row_statistics(logits, target, scale, columns, BLOCK: tl.constexpr):
         shift = tl.where(best == NEGATIVE_INFINITY, 0.0, best)
         drop = tl.where(top == NEGATIVE_INFINITY, 0.0, top - shift)
         shrink = tl.exp(drop)
-        below = z - shift
+        below = z - shift[None, :]
         e = tl.where(cols == target, 0.0, tl.exp(below))
         moment = shrink * (moment + drop * others) + tl.sum(tl.where(e == 0.0, 0.0, e * below), axis=0)
         others = shrink * others + tl.sum(e, axis=0)
         top = best
-    below_top = own - top
-    own_exp = tl.exp(below_top)
-    total = others + own_exp
+    known = (target >= 0) & (target < columns)
+    own = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32) * scale
+    return _joined(own, top, others, moment)
+
+
+@triton.jit
+def _joined(own, top, others, moment):
+    """`row_statistics` from the target's logit and the lanes' maxima, Σ e^{z − top} and Σ e^{z − top}·(z − top)."""
+    peak = tl.maximum(tl.max(top, axis=0), own)
+    drop = tl.where(top == NEGATIVE_INFINITY, 0.0, top - peak)
+    shrink = tl.exp(drop)
+    rest = tl.sum(shrink * others, axis=0)
+    below_peak = own - peak
+    own_exp = tl.exp(below_peak)
+    total = rest + own_exp
     log_sum = tl.log(total)
-    own_moment = tl.where(own_exp == 0.0, 0.0, own_exp * below_top)
-    return -softplus(tl.log(others) - below_top), log_sum - (moment + own_moment) / total, top, log_sum
+    own_moment = tl.where(own_exp == 0.0, 0.0, own_exp * below_peak)
+    mean = (tl.sum(shrink * (moment + drop * others), axis=0) + own_moment) / total
+    return -softplus(tl.log(rest) - below_peak), log_sum - mean, peak, log_sum
 
 
 @triton.jit

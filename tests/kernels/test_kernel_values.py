@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks per row, and a last block that is not full."""
-    monkeypatch.setattr(row_triton, "ROW_BLOCK", 512)
+    monkeypatch.setattr(row_triton, "LINE_BYTES", 512)
+    monkeypatch.setattr(row_triton, "GRADIENT_BLOCK", 512)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -101,7 +102,8 @@ def test_bfloat16_operands(impl, fp32_logits, head_case, loss_rows, run_fused, a
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_vocabulary_of_qwen3(impl, head_case, loss_rows, run_fused, assert_no_worse, monkeypatch):
-    monkeypatch.setattr(row_triton, "ROW_BLOCK", 1 << 16)
+    monkeypatch.setattr(row_triton, "LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(row_triton, "GRADIENT_BLOCK", 1 << 16)
     head = head_case(5, 151_936, width=4, dtype=torch.float32)
     rows = loss_rows(*head)
     ours = run_fused(impl, *head, rows, chunk_rows=16, entropy_coef=0.01)

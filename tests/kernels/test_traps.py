@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(row_triton, "ROW_BLOCK", 64)
+    monkeypatch.setattr(row_triton, "LINE_BYTES", 64)
+    monkeypatch.setattr(row_triton, "GRADIENT_BLOCK", 64)
 
 
 def row_statistics(impl, logits, targets):
