@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -104,24 +106,30 @@ def embedded_default(out: Path, dry: bool) -> Report:
 
 def end_to_end(out: Path, dry: bool) -> Report:
     """Learner of 1.7B and explorer of 0.6B parameters with random weights on one GPU, at lookahead 0 and 1."""
-    models = out / "models"
-    for name, shape in (("learner", TOY if dry else LEARNER), ("explorer", TOY if dry else EXPLORER)):
-        make_model(models / name, shape, dry)
-    tokens = 24 if dry else 512
-    settings = [
-        f"learner.model={models / 'learner'}", f"explorer.model={models / 'explorer'}", "learner.dtype=bfloat16",
-        "learner.gradient_checkpointing=true", "learner.micro_batch_tokens=16384",
-        f"rollout.max_response_tokens={tokens}", "algorithm.steps=4", "algorithm.anneal_steps=3",
-        "algorithm.prompts_per_step=32", "algorithm.mini_batch_prompts=16", "data.eval=", "checkpoint.every=1000",
-    ]  # fmt: skip
     report: Report = {"status": "ok", "tables": {}, "facts": {}}
-    for lookahead in (0, 1):
-        done = train(out / f"lookahead_{lookahead}", [*settings, f"algorithm.lookahead={lookahead}"], dry)
-        if done["status"] != "ok":
-            return report | done
-        report["tables"] |= {f"lookahead {lookahead}: {t}": rows for t, rows in done.get("tables", {}).items()}
-        report["facts"] |= {f"lookahead {lookahead}: {f}": value for f, value in done.get("facts", {}).items()}
-        save("end_to_end", out, report)
+    with tempfile.TemporaryDirectory(dir=measure.scratch()) as folder:
+        models = {name: Path(folder) / name for name in ("learner", "explorer")}
+        make_model(models["learner"], TOY if dry else LEARNER, dry)
+        make_model(models["explorer"], TOY if dry else EXPLORER, dry)
+        tokens = 24 if dry else 512
+        settings = [
+            *(f"{name}.model={path}" for name, path in models.items()), "learner.dtype=bfloat16",
+            "learner.gradient_checkpointing=true", "learner.micro_batch_tokens=16384",
+            f"rollout.max_response_tokens={tokens}", "algorithm.steps=4", "algorithm.anneal_steps=3",
+            "algorithm.prompts_per_step=16", "algorithm.mini_batch_prompts=8", "data.eval=", "checkpoint.every=1000",
+        ]  # fmt: skip
+        for lookahead in (0, 1):
+            run = Path(folder) / f"lookahead_{lookahead}"
+            done = train(run, [*settings, f"algorithm.lookahead={lookahead}"], dry)
+            if done["status"] != "ok":
+                return report | done
+            for kind in ("tables", "facts"):
+                named = {f"lookahead {lookahead}: {name}": value for name, value in done.get(kind, {}).items()}
+                report[kind] |= named
+            save("end_to_end", out, report)
+            for name in () if dry else ("metrics.jsonl", "trace.json"):
+                shutil.copy(run / name, out / f"{run.name}_{name}")
+            shutil.rmtree(run, ignore_errors=True)  # its checkpoint takes 24 GB
     return report
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import engines, learner
+from bench import engines, learner, measure
 from bench.gpu_runs import Report, save
 
 COLUMNS = ("case", "tokens_per_s", "mfu", "median_s", "min_s", "peak_mb", "why")
@@ -36,7 +36,7 @@ def generate(out: Path, dry: bool) -> Report:
     report: Report = {"status": "ok", "tables": {}, "facts": {}}
     if not _installed("vllm"):
         report["facts"]["missing: vllm"] = "not installed"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=measure.scratch()) as folder:
         for shape in ("tiny",) if dry else ("1.7b", "4b"):
             model = Path(folder) / shape
             learner.make_model(model, shape)

@@ -14,8 +14,8 @@ def shares(case: Callable[[], Any]) -> list[dict[str, Any]]:
     """Kernels of one call by their share of device time, the largest ones; of operations without a GPU."""
     cuda = torch.cuda.is_available()
     case()
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with torch.profiler.profile(activities=kinds) as profile:
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         case()
     attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
     spent = {event.key: float(getattr(event, attribute)) for event in profile.key_averages()}

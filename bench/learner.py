@@ -155,7 +155,7 @@ def measure_cases(shape: str, names: Sequence[str], *, ranks: int, rounds: int) 
     """A row for each case, in processes of its own; one that failed (too little memory, say) has `why` instead."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, "-m", "bench.learner", "--shape", shape, "--rounds", str(rounds), "--child"]
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=measure.scratch()) as directory:
         make_model(Path(directory), shape)
         for name in names:
             done = subprocess.run([*command, name, directory], capture_output=True, text=True, env=_environment())

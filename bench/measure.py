@@ -48,6 +48,11 @@ def commit() -> str:
     return name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def scratch() -> str | None:
+    """Where a benchmark's gigabytes go for minutes: memory on a GPU machine, or the disk would be what is timed."""
+    return "/dev/shm" if torch.cuda.is_available() and os.access("/dev/shm", os.W_OK) else None
+
+
 def interleave(cases: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each case in each round; every round runs all cases, so that drift of the clock hits all alike."""
     for _ in range(warmup):
