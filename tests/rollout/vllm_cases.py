@@ -1,13 +1,14 @@
 """Tests of the vLLM engine with the real vLLM; run by test_vllm_engine.py in a process of their own.
 
-Reference everywhere: transformers' logits of the same weights, in float32.
+Reference everywhere: transformers' logits of the same weights, in float32 on the CPU. VLLM_CASES_DEVICE=cuda runs
+those marked `gpu` on a GPU: `VLLM_CASES_DEVICE=cuda python -m pytest -m gpu tests/rollout/vllm_cases.py`.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -27,7 +28,9 @@ pytestmark = [
 ]
 
 VOCAB, POSITIONS, STOP, END = 59, 512, 1, 7
-TOLERANCE = 1e-4
+DEVICE = os.environ.get("VLLM_CASES_DEVICE", "cpu")
+# vLLM's attention multiplies float32 in TF32 on a GPU.
+TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-2
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": POSITIONS, "initializer_range": 0.15,
@@ -62,9 +65,15 @@ def build(root: Path, *, tied: bool) -> tuple[list[PreTrainedModel], list[Path]]
     return models, files
 
 
+def start(directory: Path, cache_bytes: int, *, dtype: str = "float32", **options: Any) -> VllmEngine:
+    """On a GPU two engines share it, and compiling models of two layers would take longer than the cases."""
+    room = {"cpu_cache_bytes": cache_bytes} if DEVICE == "cpu" else {"memory_share": 0.1, "enforce_eager": True}
+    return VllmEngine(directory, device=DEVICE, dtype=dtype, **room, **options)
+
+
 def family(root: Path, *, tied: bool) -> Iterator[Family]:
     models, files = build(root, tied=tied)
-    engine = VllmEngine(files[0].parent, device="cpu", dtype="float32", cpu_cache_bytes=64 << 20)
+    engine = start(files[0].parent, 64 << 20)
     yield Family(engine, files[0].parent, models, files)
     engine.close()
 
@@ -115,16 +124,19 @@ def check_updates(group: Family) -> None:
             assert_parity(group.models[index], requests, list(group.engine.generate(requests, SAMPLING)))
 
 
+@pytest.mark.gpu
 def test_tied_logprobs_match_transformers_before_and_after_updates(tied: Family) -> None:
     assert_parity(tied.models[0], REQUESTS, list(tied.engine.generate(REQUESTS, SAMPLING)))
     check_updates(tied)
 
 
+@pytest.mark.gpu
 def test_untied_logprobs_match_transformers_before_and_after_updates(untied: Family) -> None:
     assert_parity(untied.models[0], REQUESTS, list(untied.engine.generate(REQUESTS, SAMPLING)))
     check_updates(untied)
 
 
+@pytest.mark.gpu
 def test_results_have_the_protocol_types(tied: Family) -> None:
     assert tied.engine.vocab_size == VOCAB
     results = list(tied.engine.generate(REQUESTS, SAMPLING))
@@ -137,6 +149,7 @@ def test_results_have_the_protocol_types(tied: Family) -> None:
     assert list(tied.engine.generate([Request((5,), ())], SAMPLING)) == []
 
 
+@pytest.mark.gpu
 def test_processed_logprobs_are_at_the_sampling_temperature(tied: Family) -> None:
     sampling = Sampling(temperature=0.7, max_tokens=24, stop_token_ids=())
     assert_parity(tied.models[0], REQUESTS, list(tied.engine.generate(REQUESTS, sampling)), temperature=0.7)
@@ -169,12 +182,14 @@ def check_truncated(group: Family, top_p: float, top_k: int) -> None:
         )
 
 
+@pytest.mark.gpu
 def test_top_p_and_top_k_logprobs_are_renormalised(tied: Family) -> None:
     check_truncated(tied, 0.8, 0)
     check_truncated(tied, 1.0, 5)
     check_truncated(tied, 0.9, 8)
 
 
+@pytest.mark.gpu
 def test_a_completion_is_a_function_of_its_seed(tied: Family) -> None:
     first, again = (list(tied.engine.generate(REQUESTS, SAMPLING)) for _ in range(2))
     assert by_name(first) == by_name(again)
@@ -187,6 +202,7 @@ def test_a_completion_is_a_function_of_its_seed(tied: Family) -> None:
     assert tokens[0, 0] == tokens[0, 3] != tokens[0, 1]
 
 
+@pytest.mark.gpu
 def test_first_tokens_follow_the_distribution(tied: Family) -> None:
     count = 3000
     sampling = Sampling(temperature=1.3, max_tokens=1, stop_token_ids=())
@@ -198,6 +214,7 @@ def test_first_tokens_follow_the_distribution(tied: Family) -> None:
     assert (np.abs(observed - expected) < 4.5 * np.sqrt(expected / count) + 1 / count).all()
 
 
+@pytest.mark.gpu
 def test_stop_tokens_and_lengths(tied: Family) -> None:
     requests = [Request(PROMPTS[0], tuple(range(40)))]
     sampling = Sampling(temperature=1.5, max_tokens=20, stop_token_ids=(STOP, 3))
@@ -213,6 +230,7 @@ def test_stop_tokens_and_lengths(tied: Family) -> None:
     assert any(END in result.token_ids[:-1] for result in results), "the model's own end token must not stop anything"
 
 
+@pytest.mark.gpu
 def test_completions_come_as_they_finish_and_every_step_is_reported(tied: Family) -> None:
     steps: list[int] = []
     arrived: list[tuple[int, int]] = []
@@ -265,14 +283,17 @@ def check_update_in_flight(group: Family) -> None:
     assert_parity(group.models[0], REQUESTS, list(group.engine.generate(REQUESTS, SAMPLING)))
 
 
+@pytest.mark.gpu
 def test_tied_weights_change_between_two_tokens(tied: Family) -> None:
     check_update_in_flight(tied)
 
 
+@pytest.mark.gpu
 def test_untied_weights_change_between_two_tokens(untied: Family) -> None:
     check_update_in_flight(untied)
 
 
+@pytest.mark.gpu
 def test_weights_change_between_two_completions(tied: Family) -> None:
     sampling = Sampling(temperature=1.5, max_tokens=60, stop_token_ids=(STOP, 3, 4))
     requests = [Request(PROMPTS[0], tuple(range(20)))]
@@ -302,6 +323,7 @@ def test_reloads_do_not_grow_memory(tied: Family) -> None:
     assert grown < 4e6, f"20 reloads of a model of 0.9 MB took {grown} bytes"
 
 
+@pytest.mark.gpu
 def test_refused_weights_change_nothing(tied: Family, untied: Family, tmp_path: Path) -> None:
     before = by_name(list(tied.engine.generate(REQUESTS, SAMPLING)))
     tensors = load_file(tied.files[1])
@@ -337,6 +359,7 @@ def test_a_tied_matrix_may_be_stored_twice(tied: Family, tmp_path: Path) -> None
     tied.engine.load_weights(tied.files[0])
 
 
+@pytest.mark.gpu
 def test_broken_weights_are_noticed(tied: Family, tmp_path: Path) -> None:
     tensors = load_file(tied.files[0])
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
@@ -362,6 +385,7 @@ def test_bad_requests_are_refused(tied: Family) -> None:
     assert len(list(generate([Request((5,) * 488, (1,))], SAMPLING))) == 1
 
 
+@pytest.mark.gpu
 def test_an_iterator_may_be_left_but_not_shared(tied: Family) -> None:
     iterator = tied.engine.generate(REQUESTS, SAMPLING)
     next(iterator)
@@ -397,8 +421,9 @@ def test_the_process_is_left_alone(closed: Family) -> None:
     assert not psutil.Process().children(recursive=True)
 
 
+@pytest.mark.gpu
 def test_raw_logprobs_are_without_temperature(closed: Family) -> None:
-    engine = VllmEngine(closed.directory, device="cpu", dtype="float32", kind="raw", cpu_cache_bytes=16 << 20)
+    engine = start(closed.directory, 16 << 20, kind="raw")
     sampling = Sampling(temperature=0.6, max_tokens=24, stop_token_ids=(STOP,), kind="raw")
     assert_parity(closed.models[0], REQUESTS, list(engine.generate(REQUESTS, sampling)))
     with pytest.raises(ValueError, match=r"gives raw log-probs, not processed"):
@@ -418,8 +443,9 @@ def test_waiting_and_preempted_rows_are_exact(closed: Family) -> None:
     engine.close()
 
 
+@pytest.mark.gpu
 def test_bfloat16_stays_near_float32(closed: Family) -> None:
-    engine = VllmEngine(closed.directory, device="cpu", dtype="bfloat16", cpu_cache_bytes=16 << 20)
+    engine = start(closed.directory, 16 << 20, dtype="bfloat16")
     for index in (0, 1):
         engine.load_weights(closed.files[index])
         for result in engine.generate(REQUESTS, SAMPLING):
