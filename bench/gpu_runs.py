@@ -114,7 +114,7 @@ def end_to_end(out: Path, dry: bool) -> Report:
         tokens = 24 if dry else 512
         settings = [
             *(f"{name}.model={path}" for name, path in models.items()), "learner.dtype=bfloat16",
-            "learner.gradient_checkpointing=true", "learner.micro_batch_tokens=16384",
+            "learner.gradient_checkpointing=true", "learner.micro_batch_tokens=16384", "rollout.memory_share=0.4",
             f"rollout.max_response_tokens={tokens}", "algorithm.steps=4", "algorithm.anneal_steps=3",
             "algorithm.prompts_per_step=16", "algorithm.mini_batch_prompts=8", "data.eval=", "checkpoint.every=1000",
         ]  # fmt: skip

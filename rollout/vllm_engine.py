@@ -33,7 +33,7 @@ class VllmEngine:
         device: cpu or cuda; which GPUs, CUDA_VISIBLE_DEVICES says.
         memory_share: part of each GPU's memory that vLLM may fill.
         max_model_len: prompt and completion together; None: what the model allows.
-        max_rows: completions decoded at once; more wait their turn.
+        max_rows: completions decoded at once; more wait their turn. None: 256 on CPU, vLLM's own choice on a GPU.
         cpu_cache_bytes: keys and values on CPU, where memory_share does not apply.
 
     Errors: ValueError for a missing or other vLLM, a model that it refuses, foreign weights and requests that the model
@@ -51,7 +51,7 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         memory_share: float = 0.9,
         max_model_len: int | None = None,
-        max_rows: int = 256,
+        max_rows: int | None = None,
         kind: Literal["processed", "raw"] = "processed",
         enforce_eager: bool = False,
         cpu_cache_bytes: int = 256 << 20,
@@ -66,7 +66,7 @@ class VllmEngine:
             "dtype": dtype,
             "tensor_parallel_size": tensor_parallel_size,
             "max_model_len": self._limit,
-            "max_num_seqs": max_rows,
+            "max_num_seqs": max_rows or (256 if device == "cpu" else None),
             "logprobs_mode": f"{kind}_logprobs",
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # the model's own would add stop tokens
