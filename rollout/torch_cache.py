@@ -1,6 +1,6 @@
 """The key-value cache of a batch, and the memory it lives in.
 
-Shapes: B rows, L layers, K key-value heads, D head size, S slots.
+Shapes: R prompts, B rows, L layers, K key-value heads, D head size, S slots.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,20 @@ import torch.nn.functional as F
 
 # On CPU, softmax and batched products over whole vectors are several times faster than over a ragged end.
 SLOT_BLOCK = 16
+# On a GPU each width of attention is a captured graph of its own.
+STATIC_BLOCK = 128
+
+
+def padding_bias(lengths: torch.Tensor, slots: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 at the last `length` of the slots, where a prompt is, and -inf at its padding: [R·K, 1, S]."""
+    padding = torch.arange(slots, device=lengths.device) < (slots - lengths).unsqueeze(1)
+    bias = torch.zeros(padding.shape, device=lengths.device, dtype=dtype).masked_fill_(padding, -torch.inf)
+    return bias.repeat_interleave(kv_heads, 0).unsqueeze(1)
+
+
+def static_slots(needed: int) -> int:
+    """Rounded up to whole blocks."""
+    return -(-needed // STATIC_BLOCK) * STATIC_BLOCK
 
 
 class Arena:
@@ -49,9 +63,24 @@ class Cache:
     kv_heads: int
     arena: Arena
 
-    @property
-    def full(self) -> bool:
-        return self.filled == self.bias.shape[-1]
+    def begin_step(self) -> torch.Tensor:
+        """Make the next slot visible; the bias [B·K, 1, S] of the step."""
+        if self.filled == self.bias.shape[-1]:
+            self.grow()
+        self.bias[:, :, self.filled] = 0
+        return self.bias
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [B·K, D] into the next slot; all keys and values of the layer, [B·K, S, D] each."""
+        keys, values = self.keys_values[layer]
+        keys.select(1, self.filled).copy_(key)
+        values.select(1, self.filled).copy_(value)
+        return keys, values
+
+    def end_step(self) -> None:
+        """Count what was written."""
+        self.positions = self.positions + 1
+        self.filled += 1
 
     @torch.inference_mode()
     def take(self, rows: torch.Tensor) -> None:
@@ -84,3 +113,48 @@ class Cache:
     def release(self) -> None:
         """Give the memory back; the cache cannot be used afterwards."""
         self.arena.give_back(self.memory)
+
+
+@dataclass
+class StaticCache:
+    """Keys and values of B rows in one piece of memory that is allocated once, with all that a step reads or counts.
+
+    A step changes tensors and no number of Python, so that a CUDA graph of one step is a graph of the next. The first
+    `width` slots take part.
+    """
+
+    keys_values: torch.Tensor  # [L, 2, B·K, S, D], zero where not written
+    bias: torch.Tensor  # [B·K, 1, S]
+    positions: torch.Tensor  # int64 [B]: the position of the row's next token
+    slot: torch.Tensor  # int64 [1]: slots written
+    width: int
+    kv_heads: int
+
+    def begin_step(self) -> torch.Tensor:
+        """Make the next slot visible; the bias [B·K, 1, width] of the step."""
+        return self.bias.index_fill_(2, self.slot, 0)[:, :, : self.width]
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [B·K, D] into the next slot; the keys and values that take part, [B·K, width, D] each."""
+        keys, values = self.keys_values[layer]
+        keys.index_copy_(1, self.slot, key.unsqueeze(1))
+        values.index_copy_(1, self.slot, value.unsqueeze(1))
+        return keys[:, : self.width], values[:, : self.width]
+
+    def end_step(self) -> None:
+        """Count what was written."""
+        self.positions.add_(1)
+        self.slot.add_(1)
+
+    def widen(self, filled: int) -> None:
+        """Let more slots take part than the `filled` written: by an eighth, because every width is captured anew."""
+        self.width = min(static_slots(filled + 1 + filled // 8), self.bias.shape[-1])
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Keep the rows `rows`, int64 [B], ascending: they move down in place, one layer's keys or values at a time."""
+        for part in self.keys_values.flatten(0, 1):
+            by_row = part.unflatten(0, (-1, self.kv_heads))[:, :, : self.width]
+            by_row[: len(rows)] = by_row[rows]
+        self.keys_values = self.keys_values[:, :, : len(rows) * self.kv_heads]
+        self.bias = self.bias.unflatten(0, (-1, self.kv_heads))[rows].flatten(0, 1)
+        self.positions = self.positions[rows]

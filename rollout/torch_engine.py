@@ -1,6 +1,7 @@
 """The embedded engine: batched decoding in PyTorch, on CPU or one GPU, for models that fit it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,11 @@ import torch
 
 from core.schema import Sampling
 from rollout.engine import Request, Sampled
-from rollout.torch_cache import Cache
+from rollout.torch_batch import Batch, GrowingBatch, Prompts, StaticBatch
 from rollout.torch_model import TorchModel
 from rollout.torch_sampling import draw, row_keys, uniforms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Finished rows leave when this part of the batch is still open: leaving costs about half a step of the rest.
-_COMPACT_AT = 3 / 4
 _NOISE_BLOCK = 32
 
 
@@ -38,10 +37,15 @@ class TorchEngine:
     Example: TorchEngine(Path("models/learner")).generate([Request((8, 5, 9), seeds=(11, 12))], sampling)
     """
 
-    def __init__(self, model_dir: Path, *, device: str = "cpu", dtype: str = "float32") -> None:
+    def __init__(
+        self, model_dir: Path, *, device: str = "cpu", dtype: str = "float32", _static: bool | None = None
+    ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
-        self._model = TorchModel(Path(model_dir), device=device, dtype=DTYPES[dtype])
+        # Tests have the GPU's way on CPU, where only the capture is missing.
+        static = torch.device(device).type == "cuda" if _static is None else _static
+        self._model = TorchModel(Path(model_dir), device=device, dtype=DTYPES[dtype], static=static)
+        self._batch: type[Batch] = StaticBatch if static else GrowingBatch
         self.vocab_size = self._model.shape.vocab
         self.version = 0
 
@@ -56,6 +60,7 @@ class TorchEngine:
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""
         del self._model
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, on_progress: Callable[[int], None] | None = None
@@ -92,65 +97,74 @@ class TorchEngine:
         rows = _Rows.of(requests, sampling.max_tokens)
         if not len(rows.open):
             return
-        logits, cache = self._prefill(requests, sampling.max_tokens)
         versions = [(0, self.version)]
         stops = np.zeros(self.vocab_size, dtype=bool)
         stops[list(sampling.stop_token_ids)] = True
-        for step in range(sampling.max_tokens):
-            if step % _NOISE_BLOCK == 0:
-                rows.noise = uniforms(rows.keys, range(step, step + _NOISE_BLOCK))
-            drawn = self._draw(logits, rows, step, sampling)
-            on_progress(int(rows.open.sum()))
-            stopped = rows.open & stops[rows.tokens[:, step]]
-            last = step + 1 == sampling.max_tokens
-            for row in np.flatnonzero(rows.open if last else stopped):
-                yield rows.finished(row, step + 1, "stop" if stopped[row] else "length", tuple(versions))
-            rows.open &= ~stopped
-            if last or not rows.open.any():
-                cache.release()
-                return
-            if rows.open.sum() <= _COMPACT_AT * len(rows.open):
-                kept = np.flatnonzero(rows.open)
-                rows = rows.take(kept)
-                cache.take(self._tensor(kept))
-                drawn = drawn[self._tensor(kept)]
-            if versions[-1][1] == self.version:
-                logits = self._model.decode(drawn, cache)
-            else:
-                versions.append((step + 1, self.version))
-                cache.release()
-                logits, cache = self._prefill(rows.continued(requests, step + 1), sampling.max_tokens - step - 1)
+        with ExitStack() as held:
+            batch = self._begin(held, requests, sampling.max_tokens)
+            for step in range(sampling.max_tokens):
+                if step % _NOISE_BLOCK == 0:
+                    rows.noise = self._model.tensor(uniforms(rows.keys, range(step, step + _NOISE_BLOCK)))
+                tokens, logprobs = self._draw(batch.logits(), rows, step, sampling)
+                arriving = _Arriving(tokens, logprobs)
+                last = step + 1 == sampling.max_tokens
+                if not last:
+                    batch.feed(tokens)
+                rows.note(step, *arriving.read())
+                on_progress(int(rows.open.sum()))
+                stopped = rows.open & stops[rows.tokens[:, step]]
+                for row in np.flatnonzero(rows.open if last else stopped):
+                    yield rows.finished(row, step + 1, "stop" if stopped[row] else "length", tuple(versions))
+                rows.open &= ~stopped
+                if last or not rows.open.any():
+                    return
+                if rows.open.sum() <= batch.compact_at * len(rows.open):
+                    kept = np.flatnonzero(rows.open)
+                    rows = rows.take(kept)
+                    batch.take(self._model.tensor(kept))
+                if versions[-1][1] != self.version:
+                    versions.append((step + 1, self.version))
+                    held.close()
+                    batch = self._begin(held, rows.continued(requests, step + 1), sampling.max_tokens - step - 1)
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._model.device)
-
-    def _prefill(self, requests: Sequence[Request], max_tokens: int) -> tuple[torch.Tensor, Cache]:
-        """First logits [B, V] and the cache of all rows; equal prompts go through the model once."""
+    def _begin(self, held: ExitStack, requests: Sequence[Request], max_tokens: int) -> Batch:
+        """The batch of all rows, which `held` releases; equal prompts go through the model once."""
         prompts: dict[tuple[int, ...], int] = {}
-        prompt_of_row: list[int] = []
+        of_row: list[int] = []
         for request in requests:
             index = prompts.setdefault(tuple(request.prompt_ids), len(prompts))
-            prompt_of_row += [index] * len(request.seeds)
+            of_row += [index] * len(request.seeds)
         lengths = np.array([len(prompt) for prompt in prompts])
         token_ids = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
         for index, prompt in enumerate(prompts):
             token_ids[index, -len(prompt) :] = prompt
         self._model.reserve_positions(int(lengths.max()) + max_tokens)
-        equal = bool((lengths == lengths[0]).all())
-        logits, cache = self._model.prefill(self._tensor(token_ids), self._tensor(lengths), equal=equal)
-        repeated = self._tensor(np.array(prompt_of_row))
-        cache.grow()  # first, while it is small
-        cache.take(repeated)
-        return logits[repeated], cache
+        batch = self._batch(self._model, Prompts(token_ids, lengths, np.array(of_row)), max_tokens)
+        held.callback(batch.release)
+        return batch
 
     @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling) -> torch.Tensor:
-        """Draw token number `step` of every row and note it on the host; int64 [B] on the device."""
-        tokens, logprobs = draw(logits, self._tensor(rows.noise[step % _NOISE_BLOCK]), sampling)
-        rows.tokens[:, step], rows.logprobs[:, step] = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        if not np.isfinite(rows.logprobs[:, step]).all():
-            raise ValueError(f"the model gives logits that are not finite at new token {step}: its weights are broken")
-        return tokens
+    def _draw(
+        self, logits: torch.Tensor, rows: "_Rows", step: int, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token number `step` of every row, int64 [B], and its log-prob, float32 [B], both on the device."""
+        return draw(logits, rows.noise[step % _NOISE_BLOCK], sampling)
+
+
+class _Arriving:
+    """A step's tokens and log-probs on their way to the host, in one copy that does not wait for what is fed later."""
+
+    def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        # Exact: a token id is far below 2^53. On CUDA, non_blocking makes the copy's memory pinned.
+        self._host = torch.stack((tokens.double(), logprobs.double())).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probs, float64 [B] each."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens, logprobs = self._host.numpy()
+        return tokens, logprobs
 
 
 @dataclass
@@ -162,7 +176,7 @@ class _Rows:
     tokens: np.ndarray  # int32 [B, M]
     logprobs: np.ndarray  # float32 [B, M]
     open: np.ndarray  # bool [B]: not finished
-    noise: np.ndarray  # float64 [_NOISE_BLOCK, B]: of the tokens of the current block of positions
+    noise: torch.Tensor  # float64 [_NOISE_BLOCK, B], on the device: of the current block of positions
 
     @staticmethod
     def of(requests: Sequence[Request], max_tokens: int) -> "_Rows":
@@ -174,8 +188,14 @@ class _Rows:
             tokens=np.zeros(size, np.int32),
             logprobs=np.zeros(size, np.float32),
             open=np.ones(len(seeds), bool),
-            noise=np.zeros((0, len(seeds))),
+            noise=torch.empty(0, len(seeds)),
         )
+
+    def note(self, step: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Keep every row's token number `step`, or refuse it (ValueError)."""
+        self.tokens[:, step], self.logprobs[:, step] = tokens, logprobs
+        if not np.isfinite(logprobs).all():
+            raise ValueError(f"the model gives logits that are not finite at new token {step}: its weights are broken")
 
     def finished(self, row: np.intp, length: int, finish: str, versions: tuple[tuple[int, int], ...]) -> Sampled:
         request, sample = self.names[row].tolist()
@@ -190,5 +210,5 @@ class _Rows:
         ]
 
     def take(self, kept: np.ndarray) -> "_Rows":
-        noise = self.noise[:, kept]
+        noise = self.noise[:, torch.from_numpy(kept)]
         return _Rows(self.names[kept], self.keys[kept], self.tokens[kept], self.logprobs[kept], self.open[kept], noise)

@@ -5,10 +5,12 @@ Shapes: B rows, V vocabulary.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from core.schema import Sampling
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 128  # divides the vocabularies of Qwen and Llama
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -51,20 +53,41 @@ def truncate(logits: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
+def _pick(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative probability (float64) exceeds uniform·total: int64 [B, 1]."""
+    cumulative = probability.cumsum(-1, dtype=torch.float64)
+    threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=probability.shape[-1] - 1)
+
+
+def _pick_by_blocks(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """`_pick` in two levels: it reads the probabilities once and writes none of float64, which on a GPU is the cost."""
+    if rest := -probability.shape[-1] % _BLOCK:
+        probability = F.pad(probability, (0, rest))
+    blocks = probability.unflatten(-1, (-1, _BLOCK))
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)
+    before = torch.where(block > 0, cumulative.gather(-1, block - (block > 0).long()), 0.0)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # The two levels round differently: below its sum, the block always has a token of positive probability to give.
+    below = torch.minimum(threshold - before, torch.nextafter(inside[:, -1:], torch.zeros_like(before)))
+    token = torch.searchsorted(inside, below, right=True) + block * _BLOCK
+    return token.clamp_(max=probability.shape[-1] - rest - 1)
+
+
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids int64 [B] and their log-probs float32 [B] of sampling.kind.
 
-    Inverse transform: the first token whose cumulative probability (float64) exceeds uniform·total, so a token of
-    probability zero is never drawn, and one number per row is all the noise there is. logits [B, V], uniform
-    float64 [B] in (0, 1). Logits that are not finite give a log-prob that is not finite; the caller refuses it.
+    Inverse transform: a token of probability zero is never drawn, and one number per row is all the noise there is.
+    logits [B, V], uniform float64 [B] in (0, 1). Logits that are not finite give a log-prob that is not finite; the
+    caller refuses it.
     """
     logits = logits.float()
     scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
     scaled = truncate(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
     probability = scaled.softmax(-1)
-    cumulative = probability.cumsum(-1, dtype=torch.float64)
-    threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    token = (_pick_by_blocks if probability.is_cuda else _pick)(probability, uniform)
     if sampling.kind == "raw":
         return token.squeeze(-1), logits.log_softmax(-1).gather(-1, token).squeeze(-1)
     return token.squeeze(-1), probability.gather(-1, token).log_().squeeze(-1)

@@ -27,7 +27,9 @@ class PenalisedTorchEngine(TorchEngine):
     """TorchEngine that heeds PenalisedSampling."""
 
     @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, rows: Any, step: int, sampling: Sampling) -> torch.Tensor:
+    def _draw(
+        self, logits: torch.Tensor, rows: Any, step: int, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         penalty = _penalty(sampling)
         if penalty and step:
             drawn = torch.from_numpy(rows.tokens[:, :step]).to(logits.device, torch.int64)
