@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain hugging face": {},
     "torch padded": {"backend": "torch"},
     "torch packed": {"backend": "torch", "packed": True},
+    "torch packed, selective": {"backend": "torch", "packed": True, "recompute": "selective"},
     **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
     "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
     "torch packed, LoRA": {"backend": "torch", "packed": True, "lora_rank": 32},
@@ -99,7 +100,7 @@ def make_config(case: dict[str, Any], shape: str) -> Config:
         backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0),
         learning_rate=1e-6, warmup_updates=0, lora_rank=case.get("lora_rank", 0),
         dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
-        micro_batch_tokens=4 * longest if case.get("packed") else 0,
+        micro_batch_tokens=4 * longest if case.get("packed") else 0, recompute=case.get("recompute", "full"),
     )  # fmt: skip
     algorithm = Algorithm(group_size=GROUP, prompts_per_step=ROWS // GROUP, mini_batch_prompts=ROWS // GROUP)
     rollout = Rollout(max_prompt_tokens=longest // 8, max_response_tokens=longest)
@@ -161,7 +162,7 @@ def measure_cases(shape: str, names: Sequence[str], *, ranks: int, rounds: int) 
             done = subprocess.run([*command, name, directory], capture_output=True, text=True, env=_environment())
             found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
             errors = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit code {done.returncode}"]
-            yield json.loads(found[0]) if found else {"case": name, "shape": shape, "why": errors[0][:200]}
+            yield json.loads(found[0]) if found else {"case": name, "shape": shape, "why": errors[-1][:300]}
 
 
 def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:

@@ -100,6 +100,7 @@ class Learner(Section, frozen=True, kw_only=True):
     liger: Annotated[bool, Meta(description="On a GPU, Liger's RMSNorm, rotary embedding and SwiGLU, where it is installed and knows the model.")] = True
     micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 0
     gradient_checkpointing: Annotated[bool, Meta(description="Recompute activations in the backward pass.")] = False
+    recompute: Annotated[Literal["full", "selective"], Meta(description="What gradient checkpointing computes twice: every layer in full (least memory), or all but its matrix products and attention, whose outputs are kept.")] = "full"
     backend: Annotated[Literal["torch", "deepspeed"], Meta(description="What trains: plain data-parallel torch (every rank holds everything), or DeepSpeed, which shards over the ranks.")] = "torch"
     zero_stage: Annotated[int, Meta(description="DeepSpeed shards nothing (0), optimizer states (1), gradients too (2), parameters too (3).", ge=0, le=3)] = 2
     offload: Annotated[Literal["none", "optimizer", "parameters"], Meta(description="What DeepSpeed keeps in host memory: nothing, optimizer states (stages 1 to 3), or those and parameters (stage 3).")] = "none"
@@ -121,7 +122,7 @@ class Explorer(Section, frozen=True, kw_only=True):
 
 
 class Rollout(Section, frozen=True, kw_only=True):
-    engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch.")] = "auto"
+    engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch; torch for the embedded models.")] = "auto"
     tensor_parallel: Annotated[int, Meta(description="GPUs that one vLLM engine spreads over.", ge=1)] = 1
     memory_share: Annotated[float, Meta(description="Part of a GPU's memory that the vLLM engines on it may fill together.", gt=0, le=1)] = 0.9
     max_logprob_gap: Annotated[Gap, Meta(description="Largest |log π_old - log μ| of a learner token before an alarm (metric sampling/sampling_logp_difference/max); 0 is off; auto is 0.02 in float32 and 2 in bfloat16, and off where lookahead, top_p or top_k make the two differ by themselves.")] = "auto"
@@ -203,3 +204,9 @@ class Config(Section, frozen=True, kw_only=True):
     reward: Reward = Reward()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def engine(self) -> Literal["auto", "torch", "vllm"]:
+        """rollout.engine; auto is torch for the embedded models: vLLM takes longer to start than they take to train."""
+        embedded = "embedded:" in (self.learner.model[:9], self.explorer.model[:9])
+        return "torch" if embedded and self.rollout.engine == "auto" else self.rollout.engine

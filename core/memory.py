@@ -5,7 +5,7 @@ Symbols: P parameters, N trainer ranks, T tokens of a micro-batch, H hidden, V v
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.config import Config
 from core.configcheck import explorer_tokens
@@ -112,7 +112,8 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     if stage:
         live = min(DEEPSPEED_LIVE, count) * width if stage == 3 else 0
         parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, trained) * (width + 4) + live
-    parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, settings.gradient_checkpointing)
+    recompute = settings.recompute if settings.gradient_checkpointing else "none"
+    parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute)
     parts["head"] = head_bytes(learner, tokens_per_pass(config), width, frozen=settings.lora_rank > 0)
     parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
     return {name: size for name, size in parts.items() if size}
@@ -147,17 +148,24 @@ def tokens_per_pass(config: Config) -> int:
     return config.learner.micro_batch_tokens or config.learner.micro_batch_rows * longest
 
 
-def activation_bytes(shape: ModelShape, tokens: int, width: int, checkpointing: bool) -> int:
+def activation_bytes(
+    shape: ModelShape, tokens: int, width: int, recompute: Literal["none", "selective", "full"]
+) -> int:
     """What backward keeps of one micro-batch: per layer the inputs of its products and norms, fp32 inside norms.
 
-    With checkpointing, the input of every layer and everything of one. Attention keeps no [T, T] matrix.
+    With checkpointing, the input of every layer and everything of one; selective, the outputs of every layer's
+    products and attention too. Attention keeps no [T, T] matrix.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * (4 + width) * shape.hidden + ((4 + width) * (queries + keys) if shape.qk_norm else 0)
     attention = width * (3 * queries + 3 * keys) + 4 * shape.heads
     mlp = width * (4 * shape.intermediate + 2 * shape.hidden)
-    layer = tokens * (norms + attention + mlp)
-    return shape.layers * tokens * width * shape.hidden + layer if checkpointing else shape.layers * layer
+    layer = norms + attention + mlp
+    if recompute == "none":
+        return tokens * shape.layers * layer
+    outputs = width * (2 * queries + 2 * keys + 2 * shape.intermediate + 2 * shape.hidden) + 4 * shape.heads
+    kept = width * shape.hidden + (outputs if recompute == "selective" else 0)
+    return tokens * (shape.layers * kept + layer)
 
 
 def head_bytes(shape: ModelShape, tokens: int, width: int, *, frozen: bool = False) -> int:

@@ -126,7 +126,7 @@ def _wrong_lists(named: Named, gpus: int, ranks: int, processes: dict[str, int],
 
 def _wrong_engine(config: Config) -> list[str]:
     width = config.rollout.tensor_parallel
-    if config.rollout.engine == "torch" and width > 1:
+    if config.engine == "torch" and width > 1:
         return [
             f'rollout.tensor_parallel = {width} with rollout.engine = "torch", which runs on one GPU: use '
             "rollout.engine=vllm, or rollout.tensor_parallel=1 and more rollout.processes"
@@ -167,7 +167,7 @@ def _wrong_sharing(config: Config, placement: Placement) -> list[str]:
             "the rollouts GPUs of their own (placement.learner)"
         )
     shared, share = sorted(trainer & set(placement.engines)), config.rollout.memory_share
-    if shared and config.rollout.engine != "torch" and share > MAX_SHARE_BESIDE_TRAINER:
+    if shared and config.engine != "torch" and share > MAX_SHARE_BESIDE_TRAINER:
         problems.append(
             f"rollout.memory_share = {share:g} on GPU {shared[0]}, where a trainer rank runs too: use "
             f"rollout.memory_share={MAX_SHARE_BESIDE_TRAINER:g} or less, or give the engines GPUs of their own"

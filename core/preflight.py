@@ -124,6 +124,8 @@ def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: 
     learner, options = config.learner, []
     if trains and not learner.gradient_checkpointing and trainer.get("activations", 0) > sum(trainer.values()) // 10:
         options.append("learner.gradient_checkpointing=true")
+    if trains and learner.gradient_checkpointing and learner.recompute == "selective":
+        options.append("learner.recompute=full")
     if trains and learner.backend == "torch":
         options.append("learner.backend=deepspeed learner.zero_stage=3 on more ranks")
     elif trains and learner.zero_stage < 3:

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         from rollout.worker import load_engine
 
         def engine(model_dir: Path) -> Engine:
-            name, dtype = options.engine or config.rollout.engine, config.learner.dtype
+            name, dtype = options.engine or config.engine, config.learner.dtype
             return load_engine(name, model_dir, device=config.run.device, dtype=dtype)
 
         record(config, engine, options.part, lambda line: print(line, flush=True))

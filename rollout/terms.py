@@ -12,7 +12,7 @@ def welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
         run_id=run_id,
         incarnation=incarnation,
         model="",
-        engine=rollout.engine,
+        engine=config.engine,
         tensor_parallel=rollout.tensor_parallel,
         memory_share=rollout.memory_share,
         max_model_tokens=rollout.max_prompt_tokens + explorer_tokens(config),

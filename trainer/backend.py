@@ -18,6 +18,7 @@ from trainer.attention import use_packed_attention
 from trainer.models import DTYPES, load_model, use_liger
 from trainer.objective import Forward
 from trainer.optimizer import Optimizer
+from trainer.recompute import changes_products
 from trainer.start_weights import StartWeights
 from trainer.world import World
 
@@ -150,5 +151,5 @@ def read_model(directory: Path, settings: LearnerSettings, world: World, key: st
     if settings.micro_batch_tokens:
         use_packed_attention(model)
     if settings.liger and world.device.type == "cuda":
-        use_liger(model)
+        use_liger(model, rotary=settings.recompute == "full" or not changes_products(model))
     return model

@@ -65,7 +65,7 @@ def memory_report(
         explorer = _shape(explorer_dir) if explorer_dir is not None else None
     except ValueError as error:
         return [f"memory is not estimated: {error}"]
-    engine, bytes_of = config.rollout.engine, _gpu_bytes(placement)
+    engine, bytes_of = config.engine, _gpu_bytes(placement)
     vllm = engine == "vllm" or (engine == "auto" and bool(bytes_of) and importlib.util.find_spec("vllm") is not None)
     return preflight(config, placement, bytes_of, learner=learner, explorer=explorer, ranks=ranks, vllm=vllm)
 

@@ -22,8 +22,9 @@ from trainer.correction import needs_explorer_scores
 from trainer.lora import Adapter, whole_weights
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
 from trainer.micro_batch import MicroBatch
-from trainer.models import enable_gradient_checkpointing, load_tokenizer, save_model, weight_checksum
+from trainer.models import load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, policy_objective
+from trainer.recompute import enable_gradient_checkpointing
 from trainer.scorer import Scorer
 from trainer.tensor_files import TensorFiles, write_file, write_files
 from trainer.world import World
@@ -92,7 +93,7 @@ class Learner:
         model = read_model(model_dir if adapted else start, config.learner, world, "learner.model")
         adapter = Adapter(model, config.learner, state) if adapted else None
         if config.learner.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+            enable_gradient_checkpointing(model, selective=config.learner.recompute == "selective")
         reference = explorer = None
         if config.loss.kl_coef > 0 and adapter is None:
             reference = read_model(model_dir, config.learner, world, "learner.model").requires_grad_(False)

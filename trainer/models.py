@@ -89,18 +89,7 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in backward; transformers does so only in training mode, so dropout must be 0."""
-    dropout = {name: value for name, value in model.config.to_dict().items() if "dropout" in name and value}
-    if dropout:
-        raise ValueError(
-            f"learner.gradient_checkpointing with a model that drops out: {dropout}; set them to 0 in config.json"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-
-
-def use_liger(model: PreTrainedModel) -> bool:
+def use_liger(model: PreTrainedModel, *, rotary: bool) -> bool:
     """Liger's RMSNorm, rotary embedding and SwiGLU in the place of the model's own; False where that cannot be.
 
     Weights and their names stay. The rotary embedding is exchanged for every model of the family in this process.
@@ -113,7 +102,7 @@ def use_liger(model: PreTrainedModel) -> bool:
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
     # Its cross entropies stay out: the head and the loss are ours.
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    _apply_liger_kernel_to_instance(model, rope=rotary, cross_entropy=False, fused_linear_cross_entropy=False)
     return True
 
 

@@ -121,8 +121,23 @@ def test_activations_by_hand() -> None:
     # Per token and layer, in fp32: two norms keep their input and its fp32 form; q, k, v, rotated q and k, attention's
     # output (and, for k and v, what it reads) and its log-sum; gate, up, their activation and product; two sums.
     layer = 2 * (4 + 4) * 8 + 4 * (3 * 8 + 3 * 4) + 4 * 2 + 4 * (4 * 16 + 2 * 8)
-    assert activation_bytes(shape, tokens=10, width=4, checkpointing=False) == 3 * 10 * layer
-    assert activation_bytes(shape, tokens=10, width=4, checkpointing=True) == 3 * 10 * 4 * 8 + 10 * layer
+    assert activation_bytes(shape, tokens=10, width=4, recompute="none") == 3 * 10 * layer
+    assert activation_bytes(shape, tokens=10, width=4, recompute="full") == 3 * 10 * 4 * 8 + 10 * layer
+    # Selective: besides the layer's input what q, k, v, o, gate, up and down write, attention's output and log-sum.
+    outputs = 4 * (8 + 4 + 4 + 8 + 16 + 16 + 8 + 8) + 4 * 2
+    selective = 3 * 10 * (4 * 8 + outputs) + 10 * layer
+    assert activation_bytes(shape, tokens=10, width=4, recompute="selective") == selective
+
+
+def test_what_is_recomputed_moves_the_estimate_and_is_named_where_it_does_not_fit() -> None:
+    sizes = [
+        trainer_parts(config("learner.gradient_checkpointing=true", f"learner.recompute={mode}"), LARGE, None, ranks=1)
+        for mode in ("full", "selective")
+    ]
+    assert sizes[0]["activations"] < sizes[1]["activations"]
+    chosen = config("learner.gradient_checkpointing=true", "learner.recompute=selective")
+    with pytest.raises(ConfigError, match=r"learner\.recompute=full"):
+        preflight(chosen, place(chosen, 3), [80 * GIB] * 3, learner=LARGE, explorer=SMALL, ranks=1, vllm=True)
 
 
 def test_the_head_holds_a_chunk_of_logits_and_an_fp32_accumulator() -> None:

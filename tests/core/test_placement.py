@@ -92,7 +92,7 @@ def test_other_nodes_have_trainer_ranks_only() -> None:
         (("rollout.tensor_parallel=4", "rollout.engine=vllm"), 2, 1, ("rollout.tensor_parallel = 4", "use at most 2")),
         (("rollout.tensor_parallel=2", "rollout.engine=torch"), 4, 1, ("rollout.engine=vllm", "tensor_parallel=1")),
         (("algorithm.lookahead=1",), 1, 1, ("GPU 0", "algorithm.lookahead=0", "placement.learner")),
-        (("rollout.memory_share=1",), 1, 1, ("rollout.memory_share = 1", "rollout.memory_share=0.9")),
+        (("rollout.engine=vllm", "rollout.memory_share=1"), 1, 1, ("rollout.memory_share = 1", "rollout.memory_share=0.9")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_remedy(
@@ -128,3 +128,10 @@ def test_the_keys_take_a_list_or_auto() -> None:
     assert (command.config.placement.trainer, command.config.placement.learner) == ((0, 1), "auto")
     with pytest.raises(ConfigError, match=r'placement.trainer = "atuo".*expected a list of integers.* or "auto"'):
         parse_command(["placement.trainer=atuo"])
+
+
+def test_auto_is_the_embedded_engine_for_the_embedded_models() -> None:
+    """On an H200 with vLLM installed the embedded default waited over a minute for vLLM to compile its models."""
+    assert load_config(None).engine == "torch"
+    assert load_config(None, ["rollout.engine=vllm"]).engine == "vllm"
+    assert load_config(None, ["learner.model=/models/a", "explorer.model=/models/b"]).engine == "auto"

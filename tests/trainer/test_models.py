@@ -8,7 +8,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from trainer.models import (
-    enable_gradient_checkpointing,
     head_weight,
     hidden_states,
     load_model,
@@ -106,13 +105,6 @@ def test_the_checksum_sees_one_changed_weight(learner_dir):
     assert weight_checksum(model) != before
 
 
-def test_gradient_checkpointing_refuses_dropout(learner_dir):
-    model = load(learner_dir)
-    model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match=r"attention_dropout.*0\.1"):
-        enable_gradient_checkpointing(model)
-
-
 def test_equal_tokenizers_pass(family):
     learner, explorer = family
     require_same_tokenizer(learner, explorer)
@@ -177,7 +169,7 @@ def test_liger_takes_over_norms_and_mlp_and_keeps_the_weights(learner_dir, monke
         monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
     rotary = modeling_qwen3.apply_rotary_pos_emb
     model, plain = load(learner_dir), load(learner_dir)
-    assert use_liger(model)
+    assert use_liger(model, rotary=True)
     layer = model.get_decoder().layers[0]
     for module in (layer.mlp, layer.input_layernorm, layer.self_attn.q_norm, model.get_decoder().norm):
         assert module.forward.__func__.__module__.startswith("liger_kernel")
@@ -188,7 +180,15 @@ def test_liger_takes_over_norms_and_mlp_and_keeps_the_weights(learner_dir, monke
         assert torch.equal(ours, theirs)
 
 
+def test_liger_leaves_the_rotary_embedding_where_it_is_told_to(learner_dir, monkeypatch):
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    rotary = modeling_qwen3.apply_rotary_pos_emb
+    assert use_liger(load(learner_dir), rotary=False)
+    assert modeling_qwen3.apply_rotary_pos_emb is rotary
+
+
 def test_liger_leaves_families_alone_that_it_does_not_know(learner_dir, monkeypatch):
     model = load(learner_dir)
     monkeypatch.setattr(model.config, "model_type", "unheard_of")
-    assert not use_liger(model)
+    assert not use_liger(model, rotary=True)
