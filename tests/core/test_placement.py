@@ -92,7 +92,7 @@ def test_other_nodes_have_trainer_ranks_only() -> None:
         (("rollout.tensor_parallel=4", "rollout.engine=vllm"), 2, 1, ("rollout.tensor_parallel = 4", "use at most 2")),
         (("rollout.tensor_parallel=2", "rollout.engine=torch"), 4, 1, ("rollout.engine=vllm", "tensor_parallel=1")),
         (("algorithm.lookahead=1",), 1, 1, ("GPU 0", "algorithm.lookahead=0", "placement.learner")),
-        (("rollout.engine=vllm", "rollout.memory_share=1"), 1, 1, ("rollout.memory_share = 1", "rollout.memory_share=0.9")),
+        (("rollout.engine=vllm", "rollout.memory_share=1"), 1, 1, ("memory_share = 1", "rollout.memory_share=0.9")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_remedy(
