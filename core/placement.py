@@ -159,13 +159,6 @@ def _cut(gpus: Sequence[int], width: int) -> list[tuple[int, ...]]:
 def _wrong_sharing(config: Config, placement: Placement) -> list[str]:
     problems = []
     trainer = set(placement.trainer)
-    beside = sorted(trainer & {gpu for block in placement.learner for gpu in block})
-    if beside and config.algorithm.lookahead > 0:
-        problems.append(
-            f"algorithm.lookahead = {config.algorithm.lookahead} with a trainer rank and learner rollouts on GPU "
-            f"{beside[0]}: generating ahead would only slow training down there. Use algorithm.lookahead=0, or give "
-            "the rollouts GPUs of their own (placement.learner)"
-        )
     shared, share = sorted(trainer & set(placement.engines)), config.rollout.memory_share
     if shared and config.engine != "torch" and share > MAX_SHARE_BESIDE_TRAINER:
         problems.append(

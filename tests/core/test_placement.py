@@ -91,7 +91,6 @@ def test_other_nodes_have_trainer_ranks_only() -> None:
         ),
         (("rollout.tensor_parallel=4", "rollout.engine=vllm"), 2, 1, ("rollout.tensor_parallel = 4", "use at most 2")),
         (("rollout.tensor_parallel=2", "rollout.engine=torch"), 4, 1, ("rollout.engine=vllm", "tensor_parallel=1")),
-        (("algorithm.lookahead=1",), 1, 1, ("GPU 0", "algorithm.lookahead=0", "placement.learner")),
         (("rollout.engine=vllm", "rollout.memory_share=1"), 1, 1, ("memory_share = 1", "rollout.memory_share=0.9")),
     ],
 )  # fmt: skip
@@ -135,3 +134,8 @@ def test_auto_is_the_embedded_engine_for_the_embedded_models() -> None:
     assert load_config(None).engine == "torch"
     assert load_config(None, ["rollout.engine=vllm"]).engine == "vllm"
     assert load_config(None, ["learner.model=/models/a", "explorer.model=/models/b"]).engine == "auto"
+
+
+def test_one_gpu_may_train_and_generate_ahead() -> None:
+    found = place(config("algorithm.lookahead=1"), 1)
+    assert (found.trainer, found.learner) == ((0,), ((0,),))
