@@ -2,10 +2,10 @@
 
     python -m bench.publishing [--mib 1024] [--rounds 5] [--dir DIR]
 
-`file` is how it was done: safetensors' save_file into a directory (DIR: that of the run, default one on /tmp's disk),
-SHA-256 of the whole file, and the same SHA-256 again in the worker. `memory` is trainer.published. Seconds by the clock,
-since threads and disks are what differs; `publish_s` is what the learner waits for, `worker_s` what a worker does before
-it loads. On a GPU the tensors are there.
+`file` is how it was done: safetensors' save_file into a directory (DIR: that of the run; default: the temporary one),
+SHA-256 of the whole file, and the same SHA-256 again in the worker. `memory` is trainer.published. `publish_s` is what
+the learner waits for, `worker_s` what a worker does before it loads: seconds by the clock, since threads and disks are
+what differs, with processor seconds beside them (`…_cpu_s`). Where there is a GPU, the tensors are on it.
 """
 
 import argparse
@@ -29,6 +29,21 @@ ROW_BYTES = 2 * 2048
 TENSOR_ROWS = 6144  # 24 MiB, as an MLP's matrix of Qwen3-1.7B
 
 
+COLUMNS = ("publish_s", "publish_cpu_s", "worker_s", "worker_cpu_s")
+Times = tuple[float, float, float, float]
+
+
+class Clock:
+    """Seconds by the clock and processor seconds of this process since the last lap."""
+
+    def __init__(self) -> None:
+        self._now = time.perf_counter(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        before, self._now = self._now, (time.perf_counter(), time.process_time())
+        return self._now[0] - before[0], self._now[1] - before[1]
+
+
 def make_tensors(mib: int) -> dict[str, Tensor]:
     """bfloat16 matrices of 24 MiB, and a rest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,48 +55,44 @@ def make_tensors(mib: int) -> dict[str, Tensor]:
     }
 
 
-def by_file(tensors: dict[str, Tensor], directory: Path) -> tuple[float, float]:
-    """Seconds of the learner and of a worker."""
-    file, begin = directory / "version.safetensors", time.perf_counter()
-    temporary = directory / "tmp"
+def by_file(tensors: dict[str, Tensor], directory: Path) -> Times:
+    """A version as a file."""
+    clock = Clock()
+    file, temporary = directory / "version.safetensors", directory / "tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     digest = file_sha256(temporary)
     os.replace(temporary, file)
-    return _checked(begin, lambda: file_sha256(file) == digest)
+    published = clock.lap()
+    assert file_sha256(file) == digest
+    return (*published, *clock.lap())
 
 
-def by_memory(tensors: dict[str, Tensor], published: PublishedWeights) -> tuple[float, float]:
-    """Seconds of the learner and of a worker."""
-    begin = time.perf_counter()
-    file, digest = published.write(0, lambda stream: write_stream(iter(tensors.items()), stream, tensors))
-    return _checked(begin, lambda: file_digest(file) == digest)
-
-
-def _checked(begin: float, check: Any) -> tuple[float, float]:
-    middle = time.perf_counter()
-    assert check()
-    return middle - begin, time.perf_counter() - middle
+def by_memory(tensors: dict[str, Tensor], weights: PublishedWeights) -> Times:
+    """A version in memory."""
+    clock = Clock()
+    file, digest = weights.write(0, lambda stream: write_stream(iter(tensors.items()), stream, tensors))
+    published = clock.lap()
+    assert file_digest(file) == digest
+    return (*published, *clock.lap())
 
 
 def measure(mib: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """Medians over interleaved rounds, after one of warm-up; `ratio` is the file's seconds over memory's."""
+    """Medians over interleaved rounds, after one of warm-up; `ratio` is the file's publish_s over the row's."""
     tensors, published = make_tensors(mib), PublishedWeights(directory, in_memory=True)
     if not published.in_memory:
         raise SystemExit("this system has no shared memory files: there is nothing to compare")
     ways = {"file": lambda: by_file(tensors, directory), "memory": lambda: by_memory(tensors, published)}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    seconds: dict[str, list[Times]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
             seconds[name].append(way())
     published.close()
+    machine = {"mib": mib, "rounds": rounds, "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     rows: list[dict[str, Any]] = []
     for name, times in seconds.items():
-        publish_s, worker_s = (statistics.median(column) for column in zip(*times[1:]))
-        rows.append({"weights": name, "mib": mib, "publish_s": publish_s, "worker_s": worker_s})
-    for row in rows:
-        row |= {"publish_ratio": rows[0]["publish_s"] / row["publish_s"], "rounds": rounds}
-        row |= {"worker_ratio": rows[0]["worker_s"] / row["worker_s"], "cpus": os.cpu_count()}
-        row["load"] = round(os.getloadavg()[0], 1)
+        medians = {column: statistics.median(values) for column, values in zip(COLUMNS, zip(*times[1:]))}
+        rows.append({"weights": name, "dir": str(directory.parent), **medians, **machine})
+        rows[-1]["ratio"] = rows[0]["publish_s"] / rows[-1]["publish_s"]
     return rows
 
 
@@ -93,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:
         rows = measure(options.mib, options.rounds, Path(directory))
-    print(table(rows, ["weights", "mib", "publish_s", "publish_ratio", "worker_s", "worker_ratio"]))
+    print(table(rows, ["weights", "dir", "mib", *COLUMNS, "ratio"]))
     print(f"recorded in {record('rollout', rows)}")
 
 
