@@ -22,7 +22,7 @@ from core.prompts import PromptSchedule
 from core.schema import Completion, Group, Prompt, Source
 from rollout.buffer import ReplayBuffer
 from rollout.demand import Demand
-from rollout.fingerprint import file_sha256, fingerprints
+from rollout.fingerprint import file_digest, fingerprints
 from rollout.ledger import Ledger
 from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
@@ -126,7 +126,7 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
     model = make_model(folder / "model")
     pool, mixer, demand = _stream(config, model)
     weights = model / "model.safetensors"
-    sha256 = file_sha256(weights)
+    digest = file_digest(weights)
     ends, generated, trained = [], [], []
     timetable = Timetable(config, demand.quota) if starts_over else None
     with pool:
@@ -134,7 +134,7 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
             pool.spawn(Source.LEARNER, index, first=timetable.first_role(index) if timetable else None)
         if demand.last_explorer_step:
             pool.spawn(Source.EXPLORER, 0)
-        pool.publish_weights(0, weights, sha256)
+        pool.publish_weights(0, weights, digest)
         _wait_until_ready(pool, config.rollout.processes + bool(demand.last_explorer_step))
         begin_s = time.monotonic()
         for step in range(1, config.algorithm.steps + 1):
@@ -153,7 +153,7 @@ def _run(config: Config, folder: Path, train_s: float, *, starts_over: bool = Fa
                 trained_s += time.monotonic() - start_s
             generated.append(_busy_s(groups))
             trained.append(trained_s)
-            pool.publish_weights(step, weights, sha256)
+            pool.publish_weights(step, weights, digest)
             ends.append(time.monotonic())
         mixer.close()
     return Ran(begin_s, ends, generated, trained)

@@ -18,6 +18,7 @@ ENGINE_OVERHEAD_BYTES = 2 * GIB  # of vLLM inside its share: context, CUDA graph
 FRAGMENTATION = 0.05
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1280 << 20, 4096  # kernels.row_triton: logits held at once
 DEEPSPEED_BUCKET = 500_000_000  # elements of a bucket of its reductions
+PUBLISHED_VERSIONS = 2  # of the learner's weights: the newest, and the one a worker may still be reading
 DEEPSPEED_LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered at most
 
 
@@ -140,6 +141,12 @@ def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:
     count, trained = _held_and_trained(config, learner)
     held = count + trained * _keeps_old(config) if config.learner.offload == "parameters" else 0
     return (12 * trained + BYTES[config.learner.dtype] * held) // ranks
+
+
+def published_bytes(config: Config, learner: ModelShape) -> int:
+    """Host memory of rank 0 that published weights take (trainer.published); a container counts it as shared memory."""
+    held = PUBLISHED_VERSIONS if config.rollout.weights == "memory" else 0
+    return held * BYTES[config.learner.dtype] * learner.parameters
 
 
 def tokens_per_pass(config: Config) -> int:

@@ -13,6 +13,7 @@ from core.memory import (
     ModelShape,
     engine_need,
     host_bytes,
+    published_bytes,
     trainer_parts,
 )
 from core.placement import Placement
@@ -51,6 +52,8 @@ def preflight(
     lines = [f"memory of a trainer rank: {_sum(trainer)}"]
     if host := host_bytes(config, learner, ranks):
         lines.append(f"host memory of a trainer rank: {_gib(host)} of offloaded states")
+    if published := published_bytes(config, learner):
+        lines.append(f"host memory of rank 0: {_gib(published)} of published weights, two versions (rollout.weights)")
     share = placement.memory_share if vllm else 0.0
     problems = []
     for role, need in needs.items():

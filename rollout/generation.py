@@ -1,6 +1,10 @@
 """From leases to completions: an engine, the version of its weights, and new weights between two decode steps."""
 
+import errno
+import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +12,13 @@ import numpy as np
 from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
 from rollout.courier import Courier
 from rollout.engine import Engine, Request, Sampled
-from rollout.fingerprint import file_sha256
+from rollout.fingerprint import file_digest
 from rollout.messages import Lease, Weights
+
+_ELSEWHERE = (
+    "; it lies in the memory of the trainer's process: that has ended, or this worker is not of its user, on its "
+    "machine and in its container. Start the worker there, or the run with rollout.weights=files"
+)
 
 
 class Generator:
@@ -24,10 +33,8 @@ class Generator:
 
     def load(self, weights: Weights) -> None:
         """Replace the engine's weights. RuntimeError where the file is not the one that was published."""
-        found = file_sha256(Path(weights.file))
-        if found != weights.sha256:
-            raise RuntimeError(f"weights {weights.version}: {weights.file} has SHA-256 {found}, not {weights.sha256}")
-        self.engine.load_weights(Path(weights.file), version=weights.version)
+        with _published(weights) as file:
+            self.engine.load_weights(file, version=weights.version)
         self.version = weights.version
 
     def serve(self, lease: Lease, courier: Courier) -> None:
@@ -68,3 +75,32 @@ class Generator:
             started_s=started_s,
             finished_s=time.monotonic(),
         )
+
+
+@contextmanager
+def _published(weights: Weights) -> Iterator[Path]:
+    """A path of the published file that stays its own until the context ends. RuntimeError where there is none.
+
+    For weights in the trainer's memory that takes a descriptor of this process: the trainer gives the number of its
+    own to a later version, and what is hashed must be what is loaded.
+    """
+    file = Path(weights.file)
+    in_memory = file.is_relative_to("/proc")
+    elsewhere = _ELSEWHERE if in_memory else ""
+    with ExitStack() as held:
+        try:
+            if not file.is_file():  # on another machine the same name may be a pipe, which would be waited for
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if in_memory:
+                stream = held.enter_context(file.open("rb"))
+                file = Path(f"/proc/{os.getpid()}/fd/{stream.fileno()}")
+            found = file_digest(file)
+        except OSError as error:
+            raise RuntimeError(
+                f"weights {weights.version}: {weights.file} cannot be read ({error.strerror}){elsewhere}"
+            ) from error
+        if found != weights.digest:
+            raise RuntimeError(
+                f"weights {weights.version}: {weights.file} has digest {found}, not {weights.digest}{elsewhere}"
+            )
+        yield file

@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from core.schema import Completion, Sampling, Source
 
-SCHEMA_VERSION = 1  # in the header of every frame (rollout.frame)
+SCHEMA_VERSION = 2  # in the header of every frame (rollout.frame)
 
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Text = Annotated[str, Meta(max_length=4000)]
@@ -134,7 +134,7 @@ class Weights(Message, frozen=True, kw_only=True):
 
     version: int
     file: str  # safetensors, readable by the worker
-    sha256: str
+    digest: str  # rollout.fingerprint.file_digest of it
 
 
 class Deliver(Message, frozen=True, kw_only=True):

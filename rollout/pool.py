@@ -112,9 +112,10 @@ class WorkerPool:
             self._hub.frame_bytes([Grant(lease=lease)])
         self._errands.send(lambda: self._submit(leases))
 
-    def publish_weights(self, version: int, file: Path, sha256: str) -> None:
+    def publish_weights(self, version: int, file: Path, digest: str) -> None:
         """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
-        weights = Weights(version=version, file=str(Path(file).resolve()), sha256=sha256)
+        # Not resolve(): what /proc/PID/fd/N links to is no path that a worker could open.
+        weights = Weights(version=version, file=str(Path(file).absolute()), digest=digest)
         self._errands.send(lambda: self._publish(weights))
 
     def hand_over(self, *names: str) -> None:

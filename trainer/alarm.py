@@ -1,6 +1,6 @@
 """Is what the workers generate with what the learner has? The cheapest detector of stale or half-loaded weights.
 
-A worker refuses a weights file whose SHA-256 is not the published one (rollout.generation), but only the log-probs show
+A worker refuses a weights file whose digest is not the published one (rollout.generation), but only the log-probs show
 what the engine then computes with.
 """
 

@@ -5,7 +5,7 @@ import math
 import time
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from trainer.models import load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, policy_objective
 from trainer.recompute import enable_gradient_checkpointing
 from trainer.scorer import Scorer
-from trainer.tensor_files import TensorFiles, write_file, write_files
+from trainer.tensor_files import TensorFiles, gather, write_file, write_files, write_stream
 from trainer.world import World
 
 STATE_FORMAT = 2
@@ -160,17 +160,18 @@ class Learner:
         metrics["learning_rate"] = self._updates[-1]["learning_rate"] if self._updates else 0.0
         return metrics
 
-    def write_weights(self, file: Path | None) -> str:
-        """Write the weights as one safetensors file with Hugging Face names, atomically; its SHA-256 in hex.
+    def write_weights(self, stream: BinaryIO | None) -> None:
+        """Write the weights as one safetensors file with Hugging Face names into an empty stream.
 
-        All that saves is a collective: every rank calls it, and None takes part, writes nothing and gives "".
+        All that saves is a collective: every rank calls it, and None takes part and writes nothing.
         """
-        tensors = whole_weights(self.backend, self.adapter, keep=file is not None)
-        return write_file(tensors, file) if file is not None else ""
+        tensors = whole_weights(self.backend, self.adapter, keep=stream is not None)
+        write_stream(tensors, stream, [name for name, _ in self.model.named_parameters()])
 
     def save_model(self, directory: Path | None) -> None:
         """Write a directory that transformers and vLLM load: weights, configs, tokenizer."""
-        tensors = whole_weights(self.backend, self.adapter, keep=directory is not None)
+        keep = directory is not None
+        tensors = gather(whole_weights(self.backend, self.adapter, keep=keep), keep=keep)
         if directory is not None:
             save_model(self.model, self.tokenizer, directory, tensors)
 

@@ -98,7 +98,10 @@ class Adapter:
                 parameter.data.copy_(reader.get_tensor(name))
 
 
-def whole_weights(backend: Backend, adapter: Adapter | None, *, keep: bool) -> dict[str, Tensor]:
-    """Every weight by its Hugging Face name, merged with the adapter; a collective, which is empty but for `keep`."""
+def whole_weights(backend: Backend, adapter: Adapter | None, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its Hugging Face name, merged with the adapter; a collective, to be used up on every rank.
+
+    `keep`: this rank uses the values, which need not be merged elsewhere.
+    """
     weights = backend.weights()
-    return gather(adapter.merged(weights) if adapter is not None and keep else weights, keep=keep)
+    return adapter.merged(weights) if adapter is not None and keep else weights

@@ -20,8 +20,8 @@ CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "loc
 FREE_KEYS = (
     "run.dir", "run.threads", "run.device", "algorithm.steps", "learner.max_nonfinite_updates", "explorer.processes",
     "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight", "stream.",
-    "rollout.memory_share", "rollout.max_logprob_gap", "placement.", "reward.workers", "reward.timeout_s",
-    "evaluation.", "checkpoint.",
+    "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "placement.", "reward.workers",
+    "reward.timeout_s", "evaluation.", "checkpoint.",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class RunDirectory:
             refuse_changes(json.loads((self.path / CONFIG_FILE).read_text()), config)
         self.run_id, self.incarnation = self._identity()
         write_resolved(config, self.path / CONFIG_FILE)
-        for name in ("weights", "logs", "rollouts", "checkpoints"):
+        for name in ("logs", "rollouts", "checkpoints"):
             (self.path / name).mkdir(exist_ok=True)
 
     def _identity(self) -> tuple[str, int]:

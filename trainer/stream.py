@@ -23,12 +23,12 @@ from rollout.roster import RoleTerms
 from rollout.timetable import Timetable
 from trainer.devices import Devices
 from trainer.learner import Learner
+from trainer.published import PublishedWeights
 from trainer.run_directory import RunDirectory
 from trainer.signals import SIGNALS, Stopped
 from trainer.timeline import Stages
 from trainer.world import World
 
-KEPT_WEIGHTS = 2  # the newest, and the one a worker may still be reading
 NO_GPUS = Devices()
 
 
@@ -50,6 +50,9 @@ class Rollouts:
         self.devices = devices
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
+        self.weights = PublishedWeights(directory.path / "weights", in_memory=config.rollout.weights == "memory")
+        if config.rollout.weights == "memory" and not self.weights.in_memory:
+            on_event(f"this system has no shared memory files: new weights are files in {self.weights.directory}")
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
             _share_memory(config, devices.placement.memory_share) if devices.placement.gpus else config,
@@ -89,13 +92,8 @@ class Rollouts:
 
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
-        file = self.path / "weights" / f"version_{learner.step:06d}.safetensors"
-        sha256 = learner.write_weights(file)
-        self.pool.publish_weights(learner.step, file, sha256)
-        versions = sorted(file.parent.glob("version_*.safetensors"))
-        newest = versions.index(file)  # later ones are of a killed start that had come further
-        for other in (*versions[: max(newest + 1 - KEPT_WEIGHTS, 0)], *versions[newest + 1 :]):
-            other.unlink()
+        file, digest = self.weights.write(learner.step, learner.write_weights)
+        self.pool.publish_weights(learner.step, file, digest)
 
     def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
         """Groups of `step`, as `Mixer.collect` gives them. Once nothing is wanted of the explorers any more, they may
@@ -144,6 +142,7 @@ class Rollouts:
         """Stop workers and scorers."""
         self.pool.close("the run is over")
         self.mixer.close()
+        self.weights.close()
         if self.reuse is not None:
             self.reuse.close()
 

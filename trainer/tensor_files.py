@@ -1,11 +1,11 @@
 """Tensors on disk, written one after the other by rank 0 while all ranks take part in gathering them."""
 
-import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import safe_open
@@ -13,6 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FILE_BYTES = 4 << 30  # a file is in memory once while it is written
+STAGE_BYTES = 64 << 20  # of a GPU's tensor, in host memory at once
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ENTRY_BYTES = 200  # of a tensor in the header besides its name: numbers of 14 digits, and up to five dimensions
+_PAGE = 4096
 
 
 def gather(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -20,15 +24,57 @@ def gather(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Te
     return {name: tensor for name, tensor in tensors if keep}
 
 
-def write_file(tensors: dict[str, Tensor], file: Path, **notes: str) -> str:
-    """One safetensors file with `notes` among its metadata, atomically; its SHA-256 in hex."""
+def write_file(tensors: dict[str, Tensor], file: Path, **notes: str) -> None:
+    """One safetensors file with `notes` among its metadata, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
     save_file(tensors, temporary, metadata={"format": "pt", **notes})
-    with temporary.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     os.replace(temporary, file)
-    return digest
+
+
+def write_stream(tensors: Iterator[tuple[str, Tensor]], stream: BinaryIO | None, names: Iterable[str]) -> None:
+    """One safetensors file into an empty stream, a tensor as soon as it is gathered; None takes part, writes nothing.
+
+    safetensors' own `save_file` needs all tensors in host memory, and a directory to rename its file in. The format:
+    the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), and the tensors' bytes without
+    gaps. The header stands first and is known last: room is kept for `names`, one at least as long for each tensor.
+    """
+    if stream is None:
+        gather(tensors, keep=False)
+        return
+    try:
+        start = _pages(8 + _ENTRY_BYTES + sum(len(name) + _ENTRY_BYTES for name in names))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = start
+        stream.seek(start)
+        for name, tensor in tensors:
+            place = [end - start, end - start + tensor.nbytes]
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+            for piece in _host_pieces(tensor):
+                stream.write(piece)
+            end += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert 8 + len(text) <= start, f"a header of {len(text)} bytes has room for {start - 8}"
+        stream.seek(0)
+        stream.write((start - 8).to_bytes(8, "little") + text.ljust(start - 8))
+    except Exception:
+        gather(tensors, keep=False)  # the other ranks would wait for the rest for ever
+        raise
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _host_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, each piece to be used before the next: on a GPU, through one pinned buffer."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        yield flat.numpy().data
+        return
+    buffer = torch.empty(min(STAGE_BYTES, len(flat)), dtype=torch.uint8, pin_memory=True)
+    for part in flat.split(STAGE_BYTES):
+        yield buffer[: len(part)].copy_(part).numpy().data
 
 
 def write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path | None, stem: str) -> None:

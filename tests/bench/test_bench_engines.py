@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import engines, rollout
+from bench import engines, publishing, rollout
 from core.schema import Sampling
 from rollout.torch_engine import TorchEngine
 
@@ -41,3 +41,11 @@ def test_the_update_falls_into_the_middle_of_the_batch(model):
 def test_the_command_runs_an_engine_in_a_process_of_its_own(model):
     rows = engines.in_child("torch", model, "--rows", "8", "16", "--rounds", "1", "--new-tokens", "4")
     assert [(row["engine"], row["rows"]) for row in rows] == [("torch", 8), ("torch", 16)]
+
+
+def test_publishing_has_a_row_for_each_way(tmp_path):
+    file, memory = publishing.measure(mib=1, rounds=1, directory=tmp_path)
+    assert (file["weights"], memory["weights"], file["ratio"]) == ("file", "memory", 1.0)
+    assert memory["publish_s"] > 0
+    assert memory["worker_s"] > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["version.safetensors"]

@@ -191,5 +191,10 @@ def test_an_explorer_that_is_handed_over_must_hold_the_learner_too() -> None:
 
 def test_on_cpu_it_only_tells() -> None:
     lines = preflight(config(), Placement(), [], learner=LARGE, explorer=None, ranks=1, vllm=False)
-    assert len(lines) == 2
-    assert lines[1].startswith("memory of a learner rollout engine: ")
+    assert len(lines) == 3
+    assert lines[1] == "host memory of rank 0: 30.5 GiB of published weights, two versions (rollout.weights)"
+    assert lines[2].startswith("memory of a learner rollout engine: ")
+    files = preflight(
+        config("rollout.weights=files"), Placement(), [], learner=LARGE, explorer=None, ranks=1, vllm=False
+    )
+    assert files == [lines[0], lines[2]]

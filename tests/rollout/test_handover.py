@@ -7,7 +7,7 @@ import pytest
 
 from bench.fault_parts import Sink, eventually, make_lease
 from core.schema import Source
-from rollout.fingerprint import file_sha256
+from rollout.fingerprint import file_digest
 from rollout.pool import WorkerPool
 
 
@@ -22,7 +22,7 @@ def states(pool: WorkerPool) -> dict[str, list[tuple[str, str]]]:
 def test_an_idle_explorer_goes_on_as_a_learner_worker(make_pool: Callable[..., WorkerPool], sink: Sink, model: Path):
     pool = make_pool()
     weights = model / "model.safetensors"
-    pool.publish_weights(3, weights, file_sha256(weights))
+    pool.publish_weights(3, weights, file_digest(weights))
     pool.spawn(Source.EXPLORER, 0)
     pool.submit([make_lease()])
     sink.wait(16, pool.check)
@@ -45,7 +45,7 @@ def test_one_that_works_finishes_first(
     monkeypatch.setenv("QUICK_PACE_S", "0.05")
     pool = make_pool()
     weights = model / "model.safetensors"
-    pool.publish_weights(1, weights, file_sha256(weights))
+    pool.publish_weights(1, weights, file_digest(weights))
     pool.spawn(Source.EXPLORER, 0)
     pool.submit([make_lease()])
     sink.wait(1, pool.check)
@@ -63,7 +63,7 @@ def test_a_killed_one_is_started_again_and_handed_over_again(
 
     pool = make_pool()
     weights = model / "model.safetensors"
-    pool.publish_weights(1, weights, file_sha256(weights))
+    pool.publish_weights(1, weights, file_digest(weights))
     pool.spawn(Source.EXPLORER, 0)
     pool.hand_over()
     eventually(lambda: ("learner", "ready") in states(pool).get("explorer-0", []), "handed over")

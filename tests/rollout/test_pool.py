@@ -17,7 +17,7 @@ from bench.fault_proxy import ChaosProxy
 from core.config import Config
 from core.schema import Source, pack_logprobs, pack_tokens
 from core.seeds import completion_seed
-from rollout.fingerprint import file_sha256, fingerprints
+from rollout.fingerprint import file_digest, fingerprints
 from rollout.messages import Acknowledge, Grant, Hello, Join, Lease, Leave, Refused, Rejoin, Stop, Weights
 from rollout.pool import WorkerPool, WorkersLost
 from rollout.roster import MAX_PEERS, RoleTerms
@@ -273,14 +273,14 @@ def test_a_lost_grant_and_lost_weights_are_repeated(make_pool: PoolMaker, script
     worker = scripted(pool, role=Source.LEARNER)
     worker.enter(model)
     file = model / "model.safetensors"
-    pool.publish_weights(3, file, file_sha256(file))
+    pool.publish_weights(3, file, file_digest(file))
     lease = make_lease(source=Source.LEARNER, version=2)
     pool.submit([lease])
     worker.hear(Grant)  # and Weights with it; both forgotten
     for _ in range(4):
         worker.say(worker.heartbeat())
     heard_weights = worker.hear(Weights)
-    assert (heard_weights.version, heard_weights.sha256) == (3, file_sha256(file))
+    assert (heard_weights.version, heard_weights.digest) == (3, file_digest(file))
     for _ in range(4):
         worker.say(worker.heartbeat())
     assert worker.hear(Grant).lease == lease
@@ -538,7 +538,7 @@ def test_learner_workers_load_weights_before_leases_that_need_them(
     pool.submit([make_lease(0, source=Source.LEARNER), make_lease(1, source=Source.LEARNER, version=1)])
     sink.wait(16, pool.check)
     eventually(lambda: "weights 1 are not published yet" in pool.waiting_for(), pool.waiting_for())
-    pool.publish_weights(1, file, file_sha256(file))
+    pool.publish_weights(1, file, file_digest(file))
     sink.wait(32, pool.check)
     pool.spawn(Source.LEARNER, 1)  # a late joiner gets them too
     eventually(lambda: sum(w["state"] == "ready" for w in pool.counters()["workers"].values()) == 2)
@@ -553,7 +553,7 @@ def test_damaged_weights_are_not_loaded(make_pool: PoolMaker, model: Path) -> No
     pool.spawn(Source.LEARNER, 0)
     pool.publish_weights(1, model / "model.safetensors", "0" * 64)
     pool.submit([make_lease(source=Source.LEARNER, version=1)])
-    with pytest.raises(WorkersLost, match=r"weights 1: .* has SHA-256"):
+    with pytest.raises(WorkersLost, match=r"weights 1: .* has digest"):
         eventually(pool.check)
 
 

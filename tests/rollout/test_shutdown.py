@@ -10,7 +10,7 @@ import pytest
 from bench.fault_parts import eventually, make_lease
 from core.schema import Source
 from rollout import pool as pool_module
-from rollout.fingerprint import file_sha256
+from rollout.fingerprint import file_digest
 from rollout.pool import WorkerPool
 
 State = Callable[[WorkerPool, Path], None]
@@ -78,7 +78,7 @@ def test_no_process_is_left(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     pool = make_pool()
-    pool.publish_weights(1, model / "model.safetensors", file_sha256(model / "model.safetensors"))
+    pool.publish_weights(1, model / "model.safetensors", file_digest(model / "model.safetensors"))
     pool.spawn(Source.EXPLORER, 0)
     state(pool, model)
     known = {pid for pid in pool._children.pids().values()} | {

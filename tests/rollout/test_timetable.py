@@ -10,7 +10,7 @@ from bench.fault_parts import eventually, make_lease
 from core.anneal import Quota, quota_at
 from core.config import Algorithm, Config, Data, Explorer, Rollout
 from core.schema import Source
-from rollout.fingerprint import file_sha256
+from rollout.fingerprint import file_digest
 from rollout.timetable import Timetable, learners_wanted
 
 
@@ -57,7 +57,7 @@ def test_a_learner_process_explores_until_it_is_named(make_pool, sink, model: Pa
     monkeypatch.setenv("QUICK_PACE_S", "0.02")
     pool = make_pool()
     weights = model / "model.safetensors"
-    pool.publish_weights(2, weights, file_sha256(weights))
+    pool.publish_weights(2, weights, file_digest(weights))
     pool.spawn(Source.LEARNER, 1, first=Source.EXPLORER)
     pool.submit([make_lease(step=step) for step in (1, 2, 3, 4)])
     sink.wait(1, pool.check)

@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bench.fault_parts import ScriptedWorker, Sink, make_completion, make_lease
 from core.schema import Sampling, Source, check_spans
 from rollout.engine import Request
-from rollout.fingerprint import file_sha256
+from rollout.fingerprint import file_digest
 from rollout.generation import Generator
 from rollout.messages import Acknowledge, Grant, Lease, Weights
 from rollout.pool import WorkerPool
@@ -140,7 +140,7 @@ def short(lease: Lease) -> Lease:
 def test_only_training_leases_of_the_learner_take_weights_in_flight(
     files: list[Path], source: Source, purpose: str, in_flight: bool, spans: tuple[tuple[int, int], ...]
 ) -> None:
-    desk = Desk(Weights(version=1, file=str(files[1]), sha256=file_sha256(files[1])), after=5)
+    desk = Desk(Weights(version=1, file=str(files[1]), digest=file_digest(files[1])), after=5)
     generator = Generator(engine_of(files), in_flight=in_flight)
     generator.serve(short(make_lease(source=source, purpose=purpose)), desk)
     assert len(desk.delivered) == 16
@@ -163,7 +163,7 @@ def test_a_staler_completion_is_rejected_counted_and_asked_for_again(
     make_pool: Callable[..., WorkerPool], sink: Sink, model: Path, files: list[Path]
 ) -> None:
     pool = make_pool()
-    pool.publish_weights(5, files[0], file_sha256(files[0]))
+    pool.publish_weights(5, files[0], file_digest(files[0]))
     worker = ScriptedWorker(pool.endpoint, role=Source.LEARNER)
     worker.enter(model)
     worker.hear(Weights)

@@ -238,7 +238,7 @@ def test_engines_go_by_name(model: Path) -> None:
 
 
 def weights(version: int) -> Weights:
-    return Weights(version=version, file=f"{version}.safetensors", sha256="")
+    return Weights(version=version, file=f"{version}.safetensors", digest="")
 
 
 def test_inbox_gives_training_the_newest_weights_and_evaluation_its_own() -> None:

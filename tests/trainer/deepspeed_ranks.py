@@ -8,6 +8,7 @@ the job, from its beginning or from a checkpoint, save where it says so, and wri
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -66,7 +67,8 @@ def run(job, model_dir, work, world, steps):
             folder = out / "checkpoint"
             learner.save_model(folder if world.is_main else None)
             learner.save_state(folder / "trainer" if world.is_main else None)
-    learner.write_weights(out / "weights.safetensors" if world.is_main else None)
+    with (out / "weights.safetensors").open("wb") if world.is_main else nullcontext() as stream:
+        learner.write_weights(stream)
     if world.is_main:
         facts = {"metrics": metrics, "updates": learner.backend.updates, "step": learner.step, "whole": whole}
         (out / "facts.json").write_text(json.dumps(facts))

@@ -89,7 +89,7 @@ class Bench:
                     learner.update(mini_batch)
             learner.end_step()
         weights = whole_weights(learner.backend, learner.adapter, keep=True)
-        return {name: tensor.clone() for name, tensor in weights.items()}
+        return {name: tensor.clone() for name, tensor in weights}
 
     @cached_property
     def expected(self):

@@ -66,7 +66,8 @@ def test_memory_is_read_from_the_model_directories(tmp_path: Path) -> None:
     config = load_config()
     report = memory_report(config, Placement(), tmp_path, tmp_path, ranks=1)
     assert [line.partition(":")[0] for line in report] == [
-        "memory of a trainer rank", "memory of a learner rollout engine", "memory of an explorer engine",
+        "memory of a trainer rank", "host memory of rank 0", "memory of a learner rollout engine",
+        "memory of an explorer engine",
     ]  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mamba"}))
     assert memory_report(config, Placement(), tmp_path, None, ranks=1)[0].startswith("memory is not estimated")

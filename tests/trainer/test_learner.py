@@ -1,4 +1,3 @@
-import hashlib
 import json
 import math
 
@@ -277,13 +276,12 @@ def test_written_weights_are_those_of_the_saved_model(tiny_config, made_up_group
     learner = load(tiny_config(), learner_dir)
     train_step(learner, made_up_groups())
     learner.save_model(tmp_path)
-    file = tmp_path / "weights" / "version_000001.safetensors"
-    digest = learner.write_weights(file)
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    file = tmp_path / "version_000001.safetensors"
+    with file.open("wb") as stream:
+        learner.write_weights(stream)
     published, saved = load_file(file), load_file(tmp_path / "model.safetensors")
     assert published.keys() == saved.keys()
     assert all(torch.equal(published[name], saved[name]) for name in saved)
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_non_finite_updates_are_skipped_counted_and_then_stop_the_run(tiny_config, made_up_groups, learner_dir):

@@ -63,18 +63,23 @@ def test_only_adapters_train(tiny_config, made_up_groups, learner_dir, overrides
     assert len(learner.backend.optimizer.gradient) == shape.adapter_parameters(4)
 
 
+def publish(learner, file):
+    with file.open("wb") as stream:
+        learner.write_weights(stream)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_saved_is_the_merged_model(tiny_config, made_up_groups, write_tiny_model, tmp_path, tied):
     write_tiny_model(tmp_path / "start", seed=1, tied=tied)
     learner = load(tiny_config(LORA), tmp_path / "start")
-    learner.write_weights(tmp_path / "version_0.safetensors")
+    publish(learner, tmp_path / "version_0.safetensors")
     start, first = load_file(tmp_path / "start" / "model.safetensors"), load_file(tmp_path / "version_0.safetensors")
     assert start.keys() == first.keys()
     assert all(torch.equal(start[name], first[name]) for name in start)  # B = 0
     for seed in (1, 2):
         train_step(learner, made_up_groups(seed=seed))
     learner.save_model(tmp_path / "saved")
-    learner.write_weights(tmp_path / "version_1.safetensors")
+    publish(learner, tmp_path / "version_1.safetensors")
     saved, published = (
         load_file(tmp_path / "saved" / "model.safetensors"),
         load_file(tmp_path / "version_1.safetensors"),

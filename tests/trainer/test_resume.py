@@ -77,6 +77,7 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(roo
     after_step, delay_s = instant.randint(3, 5), instant.uniform(0, 0.4)
     run_and_kill([*words, "--resume"], log, run_dir, after_step=after_step, delay_s=delay_s)
     assert "continuing after step 2" in log.read_text()
+    assert not (run_dir / "weights").exists()  # they were in the memory of who was killed
 
     finish(start([*words, "--resume"], log=log), log=log)
     assert_the_same_run(run_dir, reference)
@@ -106,8 +107,10 @@ def test_with_rollouts_in_flight_every_completion_still_trains_once(root: Path) 
     """lookahead 1, where bits may differ: killed after step 5, continued from the checkpoint of step 3."""
     run_dir, log = root / "ahead", root / "ahead.log"
     words = arguments(root, run_dir, algorithm__lookahead=1, checkpoint__every=3, algorithm__steps=8)
-    run_and_kill(words, log, run_dir, after_step=5, delay_s=0.0)
+    run_and_kill([*words, "rollout.weights=files"], log, run_dir, after_step=5, delay_s=0.0)
+    assert any((run_dir / "weights").iterdir())
     finish(start([*words, "--resume"], log=log), log=log)
+    assert not any((run_dir / "weights").iterdir())  # the resumed start has them in memory, and has cleaned up
     assert "continuing after step 3" in log.read_text()
     expected = Counter(
         (step, slot, sample, source)

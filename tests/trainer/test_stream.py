@@ -4,14 +4,16 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
+from rollout.fingerprint import file_digest
 from rollout.ledger import Ledger
+from trainer.published import PublishedWeights
 from trainer.signals import SIGNALS, Stopped
 from trainer.stream import GroupStream, Rollouts
 from trainer.world import World
@@ -139,22 +141,27 @@ class WritingLearner:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def write_weights(self, file: Path) -> str:
-        file.write_text(f"weights {self.step}")
-        return "digest"
+    def write_weights(self, stream: BinaryIO) -> None:
+        stream.write(f"weights {self.step}".encode())
 
 
-def test_published_weights_stay_whatever_a_killed_start_left_behind(tmp_path: Path) -> None:
-    """Continued from step 3 by a run that had come to step 5: its own file is the one that workers read."""
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_published_weights_stay_whatever_a_killed_start_left_behind(tmp_path: Path, in_memory: bool) -> None:
+    """Continued from step 3 by a run that had come to step 5: its own version is the one that workers read."""
+    published: list[tuple[int, Path, str]] = []
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("version_000004.safetensors", "version_000005.safetensors", "tmp-7-version_000006.safetensors"):
+        (folder / name).write_text("old")
     publisher = stream()
-    publisher.path = tmp_path
-    publisher.pool.publish_weights = lambda version, file, sha256: published.append((version, file))
-    published: list[tuple[int, Path]] = []
-    (tmp_path / "weights").mkdir()
-    for version in (4, 5):
-        (tmp_path / "weights" / f"version_{version:06d}.safetensors").write_text("old")
+    publisher.weights = PublishedWeights(folder, in_memory=in_memory)
+    publisher.pool.publish_weights = lambda *told: published.append(told)
     for step in (3, 4, 5, 6):
         publisher.publish(WritingLearner(step))
-        version, file = published[-1]
-        assert (version, file.read_text()) == (step, f"weights {step}")
-        assert len(list((tmp_path / "weights").iterdir())) <= 2
+        version, file, digest = published[-1]
+        assert (version, file.read_text(), file_digest(file)) == (step, f"weights {step}", digest)
+        if step > 3:
+            assert published[-2][1].read_text() == f"weights {step - 1}"
+        assert len(list(folder.iterdir())) == (0 if in_memory else min(2, step - 2))
+    publisher.weights.close()
+    assert not any(file.exists() for _, file, _ in published)
