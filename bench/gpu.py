@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import measure
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 530.0
 LIMITS_S = {"machine": 30.0, "values": 60.0, "rows": 40.0, "table": 150.0, "default": 150.0, "end_to_end": 240.0,
@@ -34,6 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry", action="store_true", help="toy sizes, no GPU")
     parser.add_argument("--only", nargs="*", choices=LIMITS_S, help="stages to run; default all")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage's processes end with this one
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + BUDGET_S
     reports = {}
@@ -63,16 +66,13 @@ def run_stage(name: str, out: Path, *, dry: bool, limit_s: float) -> dict[str, A
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.gpu_stages", name, str(out), *(["--dry"] if dry else [])]
     with log.open("w", encoding="utf-8") as file:
-        # A session of its own, so that at the deadline the trainer and its workers end with their stage.
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=environment(dry=dry), stdout=file, stderr=file, start_new_session=True
-        )
+        child = subprocess.Popen(command, cwd=ROOT, env=environment(dry=dry), stdout=file, stderr=file)
         try:
             code: int | None = child.wait(timeout=max(limit_s, 1))
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        finally:
+            measure.end_tree(child)
     # A stage writes its report as it goes, so that one cut short still tells what it had.
     report: dict[str, Any] = {"status": "failed"}
     if result.exists():
@@ -95,8 +95,6 @@ def environment(*, dry: bool) -> dict[str, str]:
 
 def render(reports: dict[str, dict[str, Any]], *, dry: bool) -> str:
     """The report as Markdown: a section per stage, tables where a stage gives rows."""
-    from bench.measure import table
-
     parts = ["# GPU report" + (" (dry run: these numbers mean nothing)" if dry else "")]
     for name, report in reports.items():
         parts.append(f"\n## {name}: {report['status']} ({report['seconds']:.0f} s)\n")
@@ -104,7 +102,7 @@ def render(reports: dict[str, dict[str, Any]], *, dry: bool) -> str:
             parts.append(report["why"])
         for title, rows in report.get("tables", {}).items():
             columns = list(dict.fromkeys(column for row in rows for column in row))
-            parts.append(f"{title}\n\n```\n{table(rows, columns)}\n```")
+            parts.append(f"{title}\n\n```\n{measure.table(rows, columns)}\n```")
         parts += [f"- {key}: {value}" for key, value in report.get("facts", {}).items()]
         if "log" in report:
             parts.append(f"```\n{report['log']}\n```")

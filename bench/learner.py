@@ -223,7 +223,10 @@ def main(arguments: list[str]) -> int:
     if options.child:
         run_case(options.child[0], options.shape, Path(options.child[1]), options.rounds)
         return 0
-    rows = list(measure_cases(options.shape, options.only, ranks=options.ranks, rounds=options.rounds))
+    rows = []
+    for row in measure_cases(options.shape, options.only, ranks=options.ranks, rounds=options.rounds):
+        rows.append(row)
+        print(f"{row['case']}: {row.get('why') or format(row['tokens_per_s'], ',.0f') + ' tokens/s'}", flush=True)
     done = [row for row in rows if "why" not in row]
     for row in done:
         row["ratio"] = row["tokens_per_s"] / done[0]["tokens_per_s"]

@@ -6,10 +6,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -108,6 +110,17 @@ def peak_bytes(case: Callable[[], Any]) -> int | None:
     before = _status("VmRSS")
     case()
     return _status("VmHWM") - before
+
+
+def end_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and all it started, those in sessions of their own too (torchrun's ranks): what is left behind on
+    a GPU is in every later number."""
+    with suppress(psutil.NoSuchProcess):
+        for started in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                started.kill()
+    process.kill()
+    process.wait()
 
 
 def record(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:

@@ -1,7 +1,11 @@
 """The measuring protocol, and the comparison of fused heads at a toy size."""
 
 import json
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 
@@ -72,3 +76,22 @@ def test_the_verdict_compares_with_eager(share, said):
     text = " ".join(kernels.verdict(rows))
     assert "1.50x" in text
     assert said in text
+
+
+def test_a_process_ends_with_all_it_started():
+    """torchrun starts its ranks in sessions of their own: killing a process group leaves them on the GPU."""
+    inner = "import time; time.sleep(60)"
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {inner!r}], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    grandchild = psutil.Process(int(process.stdout.readline()))
+    measure.end_tree(process)
+    assert process.returncode == -signal.SIGKILL
+    psutil.wait_procs([grandchild], timeout=10)
+    assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+    measure.end_tree(process)  # one that has ended is no error

@@ -1,7 +1,9 @@
 """Tests of the vLLM engine with the real vLLM; run by test_vllm_engine.py in a process of their own.
 
 Reference everywhere: transformers' logits of the same weights, in float32 on the CPU. VLLM_CASES_DEVICE=cuda runs
-those marked `gpu` on a GPU: `VLLM_CASES_DEVICE=cuda python -m pytest -m gpu tests/rollout/vllm_cases.py`.
+those marked `gpu` on a GPU:
+
+    TRITON_INTERPRET=0 VLLM_CASES_DEVICE=cuda python -m pytest -m gpu tests/rollout/vllm_cases.py
 """
 
 import json
@@ -29,8 +31,6 @@ pytestmark = [
 
 VOCAB, POSITIONS, STOP, END = 59, 512, 1, 7
 DEVICE = os.environ.get("VLLM_CASES_DEVICE", "cpu")
-if DEVICE != "cpu":
-    os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py set it, and vLLM's kernels would be interpreted too
 # vLLM's attention multiplies float32 in TF32 on a GPU.
 TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-2
 SHAPE = {
