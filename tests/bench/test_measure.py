@@ -87,10 +87,10 @@ child = subprocess.Popen([sys.executable, "-c", {inner!r}], start_new_session=Tr
 print(child.pid, flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    grandchild = psutil.Process(int(process.stdout.readline()))
-    measure.end_tree(process)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grandchild = psutil.Process(int(process.stdout.readline()))
+        measure.end_tree(process)
     assert process.returncode == -signal.SIGKILL
     psutil.wait_procs([grandchild], timeout=10)
     assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
