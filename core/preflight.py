@@ -18,7 +18,7 @@ from core.memory import (
 )
 from core.placement import Placement
 
-TORCH_CACHE_SLACK = 1.25  # its cache grows by a quarter
+TORCH_CACHE_SLACK = 1.25  # the cache's last block of slots, a step's logits, and on a CPU growth by a quarter
 
 
 def preflight(

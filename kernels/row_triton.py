@@ -24,7 +24,7 @@ ROW_WARPS = 8
 LINE_BYTES = ROW_WARPS * 32 * 16  # what its threads load at once, 16 bytes each
 DEPTH = 4  # such loads in flight
 GRADIENT_BLOCK = 4096
-SCALE_BLOCK = 4096
+SCALE_BLOCK = 1024
 # No fused multiply-add: the kernel that scores and the one that trains must round alike, whatever surrounds the sums.
 ROW_OPTIONS: dict[str, Any] = {"num_warps": ROW_WARPS, "enable_fp_fusion": False}
 RATIOS = {"token": 0, "sequence": 1, "cispo": 2}
