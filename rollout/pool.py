@@ -114,8 +114,7 @@ class WorkerPool:
 
     def publish_weights(self, version: int, file: Path, digest: str) -> None:
         """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
-        # Not resolve(): what /proc/PID/fd/N links to is no path that a worker could open.
-        weights = Weights(version=version, file=str(Path(file).absolute()), digest=digest)
+        weights = Weights(version=version, file=str(file.absolute()), digest=digest)  # what /proc links to is no path
         self._errands.send(lambda: self._publish(weights))
 
     def hand_over(self, *names: str) -> None:
