@@ -13,7 +13,7 @@ from bench.fault_proxy import ChaosProxy
 from bench.fault_rows import Verdict, row
 from bench.fault_stream import PoolOfQuickWorkers, resident_bytes
 from rollout.frame import HEADER_BYTES, FrameError, trainer_codec
-from rollout.messages import Acknowledge, Grant, Leave, Refused, Rejoin
+from rollout.messages import SCHEMA_VERSION, Acknowledge, Grant, Leave, Refused, Rejoin
 
 FUZZED = 100_000
 
@@ -192,10 +192,10 @@ def version(seed: int) -> Verdict:
         worker = stream.scripted()
         worker.join()
         start = time.monotonic()
-        for other in (0, 2):
+        for other in (SCHEMA_VERSION - 1, SCHEMA_VERSION + 1):
             worker.link._socket.send(of_version(other))
             reason = worker.hear(Refused).reason
-            assert f"peer speaks version {other}, this side 1" in reason, reason
+            assert f"peer speaks version {other}, this side {SCHEMA_VERSION}" in reason, reason
         seconds = time.monotonic() - start
         stream.submit(4)
         counts = stream.settle()
