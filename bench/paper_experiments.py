@@ -222,7 +222,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Experiment(
         "driver", "Annealing by a measurement instead of the clock",
-        "Nothing: α falls by the clock. Here ESS of explorer rows, or the share of groups without a gradient, moves it.",
+        "Nothing: α falls by the clock. Here the ESS of explorer rows, or the share of dead groups, moves it.",
         (
             Comparison("driver_ess", "s2l"),
             Comparison("driver_zero", "s2l"),
