@@ -138,7 +138,7 @@ def test_recorded_runs_rates_and_models_are_taken_and_only_the_rest_is_run(tmp_p
             asked.extend(jobs)
             return [finished(job, [0.2, 0.5]) for job in jobs]
 
-    known = [row(arm, seed, [0.2, 0.4]) for arm in ("s2l", "grpo") for seed in (0, 1)]
+    known = [row(arm, seed, [0.2, 0.4]) for arm in ("s2l_beside", "grpo_beside") for seed in (0, 1)]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in known))
     facts = {"scale": "tiny", "steps": 4, "tuned": {"s2l": "2e-4"}, "search": {}, "models": {"kept": 1}}
     (tmp_path / "facts.json").write_text(json.dumps(facts))
@@ -154,7 +154,7 @@ def test_recorded_runs_rates_and_models_are_taken_and_only_the_rest_is_run(tmp_p
     assert json.loads((tmp_path / "facts.json").read_text())["models"] == {"kept": 1}
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert len(rows) == 8
-    assert [one for one in rows if one["arm"] in ("s2l", "grpo")] == known
+    assert [one for one in rows if "driver" not in one["arm"]] == known
 
 
 def row(arm, seed, accuracy, explorer_rows=0, other=None):
