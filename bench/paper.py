@@ -56,9 +56,15 @@ def main(arguments: Sequence[str]) -> int:
 def carry_out(scale: Scale, experiments: Sequence[Experiment], options: argparse.Namespace) -> None:
     """Search, run, measure, and write the page."""
     needed = {ARMS[name].tuned for experiment in experiments for name in experiment.arms}
+    earlier, facts = _kept(options.out) if options.recorded else ([], {})
+    have = {(row["arm"], row["seed"]) for row in earlier}
     with Runner(options.work, jobs=options.jobs, launcher=scale.launcher) as runner:
-        tuned, search = choose(scale, runner, needed, options.search_seeds)
+        if options.recorded:
+            tuned, search = facts["tuned"], facts["search"]
+        else:
+            tuned, search = choose(scale, runner, needed, options.search_seeds)
         jobs = plan(scale, experiments, tuned, options.seeds, _rest(options))
+        jobs = [job for job in jobs if (job.arm, job.seed) not in have]
         done = runner.known(jobs) if options.collect else runner.run(jobs)
     sizes = {arm.setting: parameters_of(scale, arm) for arm in ARMS.values()}
     self_sizes = {role: sizes["main"]["learner"] for role in ("learner", "explorer")}
@@ -69,7 +75,9 @@ def carry_out(scale: Scale, experiments: Sequence[Experiment], options: argparse
         return summarise(run, self_sizes if arm.name.startswith("self") else sizes[arm.setting], other)
 
     rows = [row(run) for run in done]
-    models = measure_models(scale, options.work) if scale.name == "tiny" else {}
+    models = facts.get("models", {})
+    if scale.name == "tiny" and not options.recorded:
+        models = measure_models(scale, options.work)
     facts = {"scale": scale.name, "steps": scale.steps, "tuned": tuned, "search": search, "models": models}
     _keep(options.out, rows, facts)
     kept = _kept(options.out)
@@ -157,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=RESULTS / "paper", help="results, plots and page (bench/results/paper)")
     add("--work", type=Path, default=Path("runs/paper"), help="runs, models and data (runs/paper)")
     add("--collect", action="store_true", help="take the runs that are done, start none but the search's")
+    add(
+        "--recorded", action="store_true", help="take learning rates, models and finished runs from --out, run the rest"
+    )
     add("--page", action="store_true", help="write the page from the results in --out, run nothing")
     add("--dry-run", action="store_true", help="print the commands, run nothing")
     add("--models", type=Path, default=Path("models"), help="scale paper: folder of the models")

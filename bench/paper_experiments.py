@@ -118,6 +118,13 @@ ARMS: dict[str, Arm] = {
         Arm("self_hard", "learner as explorer, hard prompts", "s2l", "hard", (MIX, "explorer.model={learner}")),
         Arm("rescue_hard", "rescue, hard prompts", "grpo", "hard",
             (MIX, "algorithm.mixing=rescue", "algorithm.rescue_quota=2")),
+        # Another machine or version draws other bits: these controls ran beside the drivers, not with the main arms.
+        Arm("s2l_beside", "S2L-PO, run beside", "s2l", overrides=(MIX,)),
+        Arm("grpo_beside", "GRPO, run beside", "grpo", overrides=(GRPO,)),
+        Arm("driver_ess", "α driven by ESS", "s2l",
+            overrides=(MIX, "algorithm.driver=ess", "explorer.ahead_steps=1")),
+        Arm("driver_zero", "α driven by dead groups", "s2l",
+            overrides=(MIX, "algorithm.driver=zero_variance", "explorer.ahead_steps=1")),
         *CORRECTION_ARMS,
     )
 }  # fmt: skip
@@ -214,6 +221,18 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             Comparison("s2l_hard", "self_hard"),
             Comparison("rescue_hard", "grpo_hard"),
             Comparison("s2l_hard", "grpo_hard", "curve"),
+        ),
+    ),
+    Experiment(
+        "driver", "Annealing by a measurement instead of the clock",
+        "Nothing: α falls by the clock. Here the ESS of explorer rows, or the share of dead groups, moves it.",
+        (
+            Comparison("driver_ess", "s2l_beside"),
+            Comparison("driver_zero", "s2l_beside"),
+            Comparison("driver_ess", "grpo_beside"),
+            Comparison("driver_zero", "grpo_beside"),
+            Comparison("driver_ess", "s2l_beside", "curve"),
+            Comparison("driver_zero", "s2l_beside", "curve"),
         ),
     ),
 )  # fmt: skip

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result.json"
 # What decides the numbers of a run; the rest of the code may change without making it another run.
 COMPUTES = (
-    "core/advantages.py", "core/anneal.py", "core/countdown.py", "core/prompts.py", "core/rewards.py", "core/seeds.py",
+    "core/advantages.py", "core/anneal.py", "core/countdown.py", "core/pace.py", "core/prompts.py", "core/rewards.py",
+    "core/seeds.py",
     "kernels/*.py", "rollout/torch_*.py", "rollout/demand.py", "rollout/grouping.py", "trainer/batch.py",
     "trainer/correction.py", "trainer/learner.py", "trainer/loop.py", "trainer/micro_batch.py", "trainer/objective.py",
     "trainer/optimizer.py", "trainer/packing.py",

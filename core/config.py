@@ -34,6 +34,9 @@ class Algorithm(Section, frozen=True, kw_only=True):
     anneal_steps: Annotated[int, Meta(description="Steps T_mix over which the explorer's share α falls from 1 to 0; 0 is plain GRPO.", ge=0)] = 40
     schedule: Annotated[Literal["linear", "abrupt", "constant"], Meta(description="How α moves: linear to 0 at T_mix, abrupt from 1 to 0 after T_mix, or constant.")] = "linear"
     alpha: Annotated[float, Meta(description="The explorer's share of a group under schedule = \"constant\" (1 is small-only).", ge=0, le=1)] = 1.0
+    driver: Annotated[Literal["clock", "ess", "zero_variance"], Meta(description="What moves α along the linear schedule: clock, a step each step; ess, the effective sample size of explorer rows (explorer/ess): low ends the annealing sooner; zero_variance, the share of groups without a gradient (frac_reward_zero_std): while it is high, α is held. Reacts algorithm.lookahead + explorer.ahead_steps steps later; α is 0 by the last step.")] = "clock"
+    driver_low: Annotated[float, Meta(description="Below it, a driver other than clock moves two steps along the schedule.", ge=0, le=1)] = 0.25
+    driver_high: Annotated[float, Meta(description="Above it, a driver other than clock holds α; up to it, one step as the clock.", ge=0, le=1)] = 0.5
     mixing: Annotated[Literal["in_group", "authors_code", "rescue"], Meta(description="in_group: explorer and learner share each group (Algorithm 1); authors_code: an explorer-only phase, then a learner-only one; rescue: correct explorer rows replace learner rows where the whole group fails.")] = "in_group"
     rescue_quota: Annotated[int, Meta(description="Explorer completions per prompt generated for mixing = \"rescue\", and the most that replace learner rows.", ge=1)] = 4
     baseline: Annotated[Literal["group", "source"], Meta(description="Advantages of learner rows come from the whole group, or from its learner rows only.")] = "group"

@@ -6,6 +6,7 @@ from pathlib import Path
 from core.anneal import Quota, quota_at
 from core.config import Config, SourceCorrection
 from core.configkeys import ConfigError
+from core.pace import driver_problems
 
 EMBEDDED = "embedded:"
 EMBEDDED_DATA = ("embedded:countdown",)
@@ -22,7 +23,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
     """
     checks = (_schedule, _batches, _learner, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
-    problems += _ranks(config, world_size)
+    problems += [*driver_problems(config), *_ranks(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -40,7 +41,7 @@ def explorer_needed(config: Config) -> bool:
 
 
 def all_quotas(config: Config) -> list[Quota]:
-    """What each policy owes per prompt at steps 1 … T."""
+    """What each policy owes per prompt at steps 1 … T by the clock; a driver meets the same quotas at other steps."""
     return [quota_at(step, config.algorithm) for step in range(1, config.algorithm.steps + 1)]
 
 

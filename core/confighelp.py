@@ -11,6 +11,7 @@ from core.config import Config
 from core.configcheck import all_quotas
 from core.configfile import FLAGS, USAGE
 from core.configkeys import Key, all_keys, section_of
+from core.pace import SIGNALS
 
 
 def help_text(width: int | None = None) -> str:
@@ -43,6 +44,8 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 def explain(config: Config) -> list[str]:
     """The run in a few lines: which batch is which, the quota of every step, and what the explorer will owe by when."""
     lines = [_models(config), _batch(config), _quotas(config), _demand(config)]
+    if config.algorithm.driver != "clock":
+        lines.append(_driver(config))
     if config.data.eval:
         lines.append(_evaluation(config))
     return lines
@@ -106,6 +109,15 @@ def _half_due(owed: list[int], total: int) -> int:
         if 2 * so_far >= total:
             return step
     raise AssertionError("half of a sum is reached within it")
+
+
+def _driver(config: Config) -> str:
+    algorithm, ahead = config.algorithm, config.algorithm.lookahead + config.explorer.ahead_steps
+    return (
+        f"all that by the clock, which α follows up to step {ahead}; then {SIGNALS[algorithm.driver]} of {ahead} steps "
+        f"before decides: below {algorithm.driver_low:g} two steps along the schedule, above {algorithm.driver_high:g} "
+        f"none; the explorer's last step is {algorithm.steps - 1} at the latest"
+    )
 
 
 def _evaluation(config: Config) -> str:

@@ -1,4 +1,7 @@
-"""What must be generated, as leases: a pure function of configuration, prompts and step, known before the run."""
+"""What must be generated, as leases: a pure function of configuration, prompts and step, known before the run.
+
+Under an algorithm.driver the position of a step is a further argument, decided before anybody may ask (core.pace).
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -6,6 +9,7 @@ from typing import Literal
 
 from core.anneal import Quota, quota_at
 from core.config import Config
+from core.pace import Pace
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Prompt, Sampling, Source, pack_tokens
 from core.seeds import completion_seed, recorded_seed
@@ -16,10 +20,13 @@ _NUMBERS_PER_VISIT = 1 << 16
 
 
 class Demand:
-    """Leases of every step and source. Leases of a step never change, so a lost one can be granted again, equal."""
+    """Leases of every step and source. Leases of a step never change, so a lost one can be granted again, equal.
+
+    `pace`: which position of the schedule each step has.
+    """
 
     def __init__(self, config: Config, prompts: PromptSchedule, stop_token_ids: tuple[int, ...]) -> None:
-        self.config, self._visit = config, prompts.visit
+        self.config, self._visit, self.pace = config, prompts.visit, Pace(config)
         # Leases of a step are made before its completions come, on one thread: others only ever find it cached.
         steps_in_use = config.explorer.ahead_steps + config.algorithm.lookahead + 2
         self.prompts_at = lru_cache(maxsize=2 * steps_in_use)(prompts.at)
@@ -42,8 +49,8 @@ class Demand:
         }
 
     def quota(self, step: int) -> Quota:
-        """G_w and G_s of `step`."""
-        return quota_at(step, self.config.algorithm)
+        """G_w and G_s of `step`. ValueError for a step whose position is not decided yet."""
+        return quota_at(self.pace.at(step), self.config.algorithm)
 
     def count(self, source: Source, step: int) -> int:
         """Completions `source` owes per prompt at `step`."""
@@ -51,9 +58,16 @@ class Demand:
         return quota.explorer if source is Source.EXPLORER else quota.learner
 
     @property
+    def explorer_steps(self) -> list[int]:
+        """The steps for which the explorer owes anything, or still may."""
+        algorithm = self.config.algorithm
+        steps = range(1, algorithm.steps + 1)
+        return [step for step in steps if quota_at(self.pace.slowest(step), algorithm).explorer]
+
+    @property
     def last_explorer_step(self) -> int:
-        """The last step for which the explorer owes anything; 0 where there is none."""
-        return max((step for step in range(1, self.config.algorithm.steps + 1) if self.quota(step).explorer), default=0)
+        """The last of `explorer_steps`; 0 where there is none."""
+        return max(self.explorer_steps, default=0)
 
     def leases(self, source: Source, step: int) -> Iterator[Lease]:
         """The leases that cover what `source` owes at `step`."""

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from core.config import Config
-from core.configcheck import EMBEDDED, check_paths
+from core.configcheck import EMBEDDED, check_config, check_paths
 from core.configfile import parse_command
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Source
@@ -109,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         config = msgspec.structs.replace(
             config, explorer=msgspec.structs.replace(config.explorer, store=options.record)
         )
+        check_config(config)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(config.run.threads))  # torch, which reads it, is imported later
         from rollout.worker import load_engine

@@ -48,8 +48,8 @@ class Recorder:
         quota: Quota,
         metrics: Mapping[str, float],
         spans: Mapping[str, Sequence[Span]],
-    ) -> None:
-        """A step trained: its line, its rows and its spans."""
+    ) -> dict[str, Any]:
+        """A step trained: its line, which is returned as it was written, its rows and its spans."""
         groups = [group for part in parts for group in part.groups]
         seconds = time.monotonic() - self._began_s
         tokens = sum(len(row.completion.tokens) for group in groups for row in group.rows)
@@ -58,9 +58,11 @@ class Recorder:
         waited = wait_shares(parts)
         spread = self._diversity(step, groups)
         line = {"step": step, **group_metrics(groups, quota, step), **spread, **metrics, **waited, **throughput}
-        self.console.step(self.log.write(line))
+        written = self.log.write(line)
+        self.console.step(written)
         write_rollouts(self.path, step, groups)
         trace_step(self.tracer, step, parts, spans)
+        return written
 
     def _diversity(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         if not self._diversity_every:

@@ -1,7 +1,8 @@
 """Train again from what a run consumed: `--replay RUN` reads RUN/rollouts/*.parquet in place of asking workers.
 
 The files hold, in the order of the updates, all of a completion that training reads: tokens, log-probs of the sampler,
-source and advantage. Prompts and weights follow from the configuration. So on the same machine, with as many ranks, a
+source and advantage. Prompts and weights follow from the configuration, and metrics.jsonl holds what an
+algorithm.driver decided. So on the same machine, with as many ranks, a
 replay reaches the parameters of the run bit for bit, whatever its `lookahead` and whoever came first.
 """
 
@@ -15,6 +16,8 @@ import msgspec
 
 from core.config import Config
 from core.configkeys import ConfigError
+from core.metrics import is_evaluation, read_metrics
+from core.pace import POSITION
 from core.schema import (
     Completion,
     CompletionKey,
@@ -39,6 +42,7 @@ class ReplayStream(GroupStream):
     def __init__(self, world: World, run: Path, demand: Demand) -> None:
         super().__init__(world, None)
         self.run, self.demand = run, demand
+        demand.pace.follow(recorded_positions(run, demand.config))
 
     def parts(self, step: int, prompts: int | None = None) -> Iterator[tuple[Group, ...]]:
         """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
@@ -64,6 +68,22 @@ def recorded_part(config: Config, run: Path | None) -> Config:
         raise ConfigError(f"--replay: {run / 'rollouts'} does not hold steps 1, 2, … without a gap, but {steps}")
     algorithm = msgspec.structs.replace(config.algorithm, steps=min(config.algorithm.steps, len(steps)))
     return msgspec.structs.replace(config, algorithm=algorithm)
+
+
+def recorded_positions(run: Path, config: Config) -> dict[int, int]:
+    """Where on the schedule each step of `run` stood, so that quotas are those of its groups, whatever is measured now.
+
+    ConfigError where a driver moved them and metrics.jsonl lacks a step.
+    """
+    lines = [line for line in read_metrics(run) if not is_evaluation(line)]
+    found = {line["step"]: int(line.get(POSITION, line["step"])) for line in lines}
+    missing = sorted(set(range(1, config.algorithm.steps + 1)) - found.keys())
+    if config.algorithm.driver != "clock" and missing:
+        raise ConfigError(
+            f'--replay: algorithm.driver = "{config.algorithm.driver}" decided the quotas of {run}, and its '
+            f"metrics.jsonl, which holds them, lacks step {missing[0]}: restore the file"
+        )
+    return {step: position for step, position in found.items() if position != step}
 
 
 def read_groups(run: Path, step: int, prompts: tuple[Prompt, ...], *, by_source: bool) -> tuple[Group, ...]:

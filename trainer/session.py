@@ -94,8 +94,10 @@ class Session:
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
-            quota, metrics = self.materials.demand.quota(step), metrics | self.stream.metrics() | self._watch(metrics)
-            self.recorder.step(step, self.updates.parts, quota, metrics, self.stream.stages.take())
+            demand, metrics = self.materials.demand, metrics | self.stream.metrics() | self._watch(metrics)
+            metrics |= demand.pace.metrics(step)
+            quota, stages = demand.quota(step), self.stream.stages.take()
+            demand.pace.observe(step, self.recorder.step(step, self.updates.parts, quota, metrics, stages))
         if self._evaluation_due(step):
             self._evaluate(step)
         if step == self.config.algorithm.steps or step % self.config.checkpoint.every == 0:

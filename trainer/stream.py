@@ -76,7 +76,7 @@ class Rollouts:
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
             raise
-        steps = [step for step in range(1, config.algorithm.steps + 1) if demand.quota(step).explorer]
+        steps = demand.explorer_steps
         if steps and (self.reuse is None or not self.reuse.complete(steps)):
             self._start_explorers()
         self.timetable = Timetable(config, demand.quota)
@@ -110,9 +110,11 @@ class Rollouts:
         state, report = self.pool.quiet(self._snapshot)
         (directory / "buffer.msgpack").write_bytes(msgspec.msgpack.encode(state))
         (directory / "ledger.json").write_bytes(msgspec.json.encode(report))
+        self.demand.pace.save(directory)
 
     def restore(self, directory: Path, step: int) -> None:
         """Continue after `step` with what a checkpoint holds."""
+        self.demand.pace.load(directory, step)
         self.ledger.restore(msgspec.json.decode((directory / "ledger.json").read_bytes()))
         state = msgspec.msgpack.decode((directory / "buffer.msgpack").read_bytes(), type=BufferState)
         self.buffer.restore(state, step)

@@ -1,5 +1,6 @@
 """bench.paper: its arms resolve at the paper's scale, its plan, its search, its page, and one real tiny arm."""
 
+import json
 import re
 from pathlib import Path
 
@@ -122,6 +123,38 @@ def finished(job, accuracy, explorer_rows=0):
     ]
     made = {"explorer": 4 * explorer_rows, "learner": 32 - 4 * explorer_rows}
     return Finished(job, "k", evaluations, training, made, 9.0, "abc", Path("model"))
+
+
+def test_recorded_runs_rates_and_models_are_taken_and_only_the_rest_is_run(tmp_path, monkeypatch):
+    asked = []
+
+    class Recorded:
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def run(self, jobs):
+            asked.extend(jobs)
+            return [finished(job, [0.2, 0.5]) for job in jobs]
+
+    known = [row(arm, seed, [0.2, 0.4]) for arm in ("s2l_beside", "grpo_beside") for seed in (0, 1)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in known))
+    facts = {"scale": "tiny", "steps": 4, "tuned": {"s2l": "2e-4"}, "search": {}, "models": {"kept": 1}}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    monkeypatch.setattr("bench.paper.Runner", Recorded)
+    monkeypatch.setattr("bench.paper.tiny", lambda work: plain_scale())
+    monkeypatch.setattr("bench.paper.parameters_of", lambda scale, arm: {"learner": 100, "explorer": 10})
+    monkeypatch.setattr("bench.paper.write_page", lambda out, rows, facts: out)
+    assert main(["--recorded", "--only", "driver", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert [(job.arm, job.seed) for job in asked] == [
+        (arm, seed) for seed in (0, 1) for arm in ("driver_ess", "driver_zero")
+    ]
+    assert all("learner.learning_rate=2e-4" in job.arguments for job in asked)
+    assert json.loads((tmp_path / "facts.json").read_text())["models"] == {"kept": 1}
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert [one for one in rows if "driver" not in one["arm"]] == known
 
 
 def row(arm, seed, accuracy, explorer_rows=0, other=None):

@@ -135,3 +135,24 @@ def test_lease_ids_of_a_run_are_unique() -> None:
     ]
     ids = [lease.lease_id for lease in leases]
     assert len(ids) == len(set(ids))
+
+
+def test_a_driver_moves_the_quota_and_later_steps_are_bounded_until_they_are_decided() -> None:
+    algorithm = msgspec.structs.replace(ALGORITHM, driver="ess")
+    demand = make(algorithm=algorithm, explorer=Explorer(ahead_steps=1))
+    assert demand.explorer_steps == list(range(1, 8))  # held to the end, α would be 0 at step 8
+    with pytest.raises(ValueError, match="not 2"):
+        demand.quota(2)
+    demand.pace.observe(1, {"explorer/ess": 0.9})
+    demand.pace.observe(2, {"explorer/ess": 0.1})
+    assert [tuple(demand.quota(step)) for step in (1, 2, 3)] == [(4, 0), (4, 0), (2, 2)]
+    assert len(keys(list(demand.leases(Source.EXPLORER, 3)))) == 2 * 10
+    demand.pace.observe(3, {"explorer/ess": 0.1})
+    assert demand.explorer_steps == [1, 2, 3]
+    assert demand.last_explorer_step == 3
+
+
+def test_by_the_clock_the_last_explorer_step_is_the_schedules() -> None:
+    demand = make()
+    assert demand.explorer_steps == [1, 2, 3]
+    assert make(algorithm=msgspec.structs.replace(ALGORITHM, anneal_steps=0)).last_explorer_step == 0

@@ -9,8 +9,11 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+from core.config import Config
+from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
+from rollout.demand import Demand
 from rollout.fingerprint import file_digest
 from rollout.ledger import Ledger
 from trainer.published import PublishedWeights
@@ -94,8 +97,10 @@ def test_a_signal_within_a_step_lets_it_end_and_stops_before_the_next(alone: Wor
 def stream() -> Rollouts:
     """Without sockets and processes."""
     rollouts = Rollouts.__new__(Rollouts)
+    prompt = Prompt(uid="p", token_ids=(5,), text="p", answer="")
     rollouts.ledger, rollouts.pool, rollouts.mixer = Ledger(), CountingPool(), NoMixer()
     rollouts.buffer = ReplayBuffer(rollouts.ledger, max_bytes=1000)
+    rollouts.demand = Demand(Config(), PromptSchedule([prompt], seed=0, per_step=1), ())
     return rollouts
 
 
