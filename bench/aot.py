@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHIPS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+VOCABULARY = 151_936
 REGISTERS_PER_SM = 65536
 SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Largest shared memory of one thread block, bytes (CUDA programming guide, compute capabilities)."""
@@ -43,13 +44,14 @@ def variants() -> list[Variant]:
     from kernels import linear_logprob as head
     from kernels import policy_loss, ragged
     from kernels.ragged_triton import TOKEN_BLOCK
-    from kernels.row_triton import DEPTH, GRADIENT_BLOCK, LINE_BYTES, RATIOS, ROW_OPTIONS, SCALE_BLOCK
+    from kernels.row_triton import GRADIENT_BLOCK, RATIOS, ROW_OPTIONS, SCALE_BLOCK
+    from kernels.row_triton import tile as row_tile
 
     found, width = [], (ROW_OPTIONS["num_warps"], tuple(ROW_OPTIONS.items()))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
         types = {"logits": f"*{logits}", "out": f"*{out}"}
         name = f"{logits} to {out}"
-        tile = {"DEPTH": DEPTH, "LANES": LINE_BYTES // (4 if logits == "fp32" else 2)}
+        tile = row_tile(4 if logits == "fp32" else 2, VOCABULARY)
         block = {"BLOCK": GRADIENT_BLOCK}
         if logits != out or logits == "bf16":
             found.append(Variant(f"statistics {logits}", head.statistics_kernel, tile, types, (), *width))

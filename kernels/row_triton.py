@@ -45,9 +45,10 @@ def logits_dtype(dtype: torch.dtype, fp32_logits: bool) -> torch.dtype:
 def statistics(logits: Tensor, targets: Tensor, inverse_temperature: Tensor) -> RowStatistics:
     """As `kernels.row_torch.statistics`."""
     check_device(logits)
-    table = torch.empty(4, logits.shape[0], device=logits.device)
-    arguments = (logits, logits.stride(0), targets, inverse_temperature, table, logits.shape[1])
-    linear_logprob.statistics_kernel[(logits.shape[0],)](*arguments, **tile(logits), **ROW_OPTIONS)
+    count, columns = logits.shape
+    table = torch.empty(4, count, device=logits.device)
+    arguments = (logits, logits.stride(0), targets, inverse_temperature, table, columns)
+    linear_logprob.statistics_kernel[(count,)](*arguments, **tile(logits.itemsize, columns), **ROW_OPTIONS)
     return RowStatistics(*table)
 
 
@@ -93,7 +94,8 @@ def loss_and_gradient(
     linear_logprob.loss_kernel[(logits.shape[0],)](
         logits, logits.stride(0), out, out.stride(0), targets, inverse_temperature, table,
         *_loss_arguments(rows), weights.loss, weights.entropy, *_numbers(settings),
-        logits.shape[1], RATIO=RATIOS[settings.ratio], **tile(logits), BLOCK=_block(logits), **ROW_OPTIONS,
+        logits.shape[1], RATIO=RATIOS[settings.ratio], **tile(logits.itemsize, logits.shape[1]), BLOCK=_block(logits),
+        **ROW_OPTIONS,
     )  # fmt: skip
     return RowResult(RowStatistics(*table[:4]), table[4], dict(zip(METRICS, table[5:])), out)
 
@@ -131,9 +133,9 @@ def row_loss(logprob: Tensor, rows: LossRows, settings: LossSettings) -> RowLoss
     return RowLoss(loss, slope, named, shared, share, rows.segments, ragged_triton.sequence_total)
 
 
-def tile(logits: Tensor) -> dict[str, int]:
+def tile(itemsize: int, columns: int) -> dict[str, int]:
     """What a program's threads look at in one step of the statistics; the same for every kernel that forms them."""
-    return {"DEPTH": DEPTH, "LANES": min(LINE_BYTES // logits.itemsize, triton.next_power_of_2(logits.shape[1]))}
+    return {"DEPTH": DEPTH, "LANES": min(LINE_BYTES // itemsize, triton.next_power_of_2(columns))}
 
 
 def _block(logits: Tensor) -> int:
