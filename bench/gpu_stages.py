@@ -6,10 +6,11 @@ A stage's report: status ("ok", "missing" with "why"), facts (name: value) and t
 import importlib.util
 import sys
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +21,7 @@ from bench.kernels import compare
 from bench.rivals import Problem
 from kernels import ops
 from trainer import attention
+from trainer.line import lay_out
 
 PACKAGES = ("vllm", "deepspeed", "flash_attn", "liger_kernel", "cut_cross_entropy", "verl", "trl", "quack", "cutlass")
 Report = dict[str, Any]
@@ -56,14 +58,22 @@ def values(out: Path, dry: bool) -> Report:
 
 
 def attention_errors(device: str) -> list[dict[str, Any]]:
-    """Packed attention as the learner runs it here, and SDPA row by row in the same dtype, against float64."""
+    """Packed attention as the learner runs it here, and SDPA one segment at a time in the same dtype, against float64.
+
+    Some rows of the line share their prompt.
+    """
     heads, shared, size = (4, 2, 32) if device == "cpu" else (32, 8, 128)
-    lengths = [1, 3, 40, 17] if device == "cpu" else [1, 777, 2048, 130, 1, 4096, 64]
+    cases = [(5, (1, 9)), (1, (40,))] if device == "cpu" else [(300, (777, 1, 130)), (1, (4096,)), (64, (64, 900))]
+    rows = [((slot,) * prompt, np.zeros(n, np.int32)) for slot, (prompt, sizes) in enumerate(cases) for n in sizes]
+    inputs: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in lay_out(rows, share=True).inputs.items()
+    }
+    length = inputs.pop("input_ids").shape[1]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(1, h, sum(lengths), size) for h in (heads, shared, shared, heads)]
+    shapes = [(1, h, length, size) for h in (heads, shared, shared, heads)]
     query, key, value, upstream = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
     def run(attend: Callable[..., Any], kind: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.detach().to(kind, copy=True).requires_grad_() for t in (query, key, value)]
@@ -72,22 +82,28 @@ def attention_errors(device: str) -> list[dict[str, Any]]:
         return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention.packed_attention(
-            torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, max_length_q=max(lengths)
-        )[0]  # fmt: skip
+        return attention.packed_attention(torch.nn.Module(), q, k, v, None, **inputs)[0]
 
     def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        pieces = [
-            scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
-            for a, b, c in zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
-        ]
+        pieces = []
+        bounds = [list(pairwise(inputs[name].tolist())) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+        for (start, stop), (first, last) in zip(*bounds):
+            places = inputs["key_index"][first:last]
+            sees = torch.ones(stop - start, last - first, dtype=torch.bool, device=device).tril(
+                last - first - stop + start
+            )
+            own = (q[:, :, start:stop], k[:, :, places], v[:, :, places])
+            pieces.append(scaled_dot_product_attention(*own, attn_mask=sees, enable_gqa=True))
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
     truth = run(one_by_one, torch.float64)
     names = ("out", "d_query", "d_key", "d_value")
     return [
         {"case": case, "dtype": str(dtype)[6:]}
-        | {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, run(attend, dtype), truth)}
+        | {
+            n: float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+            for n, a, b in zip(names, run(attend, dtype), truth)
+        }
         for case, attend in (("packed", packed), ("SDPA row by row", one_by_one))
     ]
 

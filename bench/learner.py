@@ -31,7 +31,7 @@ from trainer.learner import Learner
 from trainer.models import DTYPES, load_model
 from trainer.world import World
 
-COLUMNS = ["case", "ranks", "tokens_per_s", "ratio", "median_s", "min_s", "peak_mb", "padding", "loss", "mfu"]
+COLUMNS = ["case", "ranks", "tokens_per_s", "ratio", "median_s", "min_s", "peak_mb", "computed", "loss", "mfu"]
 ROWS, GROUP = 32, 8
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 # hidden, layers, query heads, key-value heads, head size, intermediate, vocabulary, longest completion
@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain hugging face": {},
     "torch padded": {"backend": "torch"},
     "torch packed": {"backend": "torch", "packed": True},
+    "torch packed, prompts shared": {"backend": "torch", "packed": True, "share": True},
     "torch packed, selective": {"backend": "torch", "packed": True, "recompute": "selective"},
     **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
     "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
@@ -101,6 +102,7 @@ def make_config(case: dict[str, Any], shape: str) -> Config:
         learning_rate=1e-6, warmup_updates=0, lora_rank=case.get("lora_rank", 0),
         dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
         micro_batch_tokens=4 * longest if case.get("packed") else 0, recompute=case.get("recompute", "full"),
+        share_prompts=case.get("share", False),
     )  # fmt: skip
     algorithm = Algorithm(group_size=GROUP, prompts_per_step=ROWS // GROUP, mini_batch_prompts=ROWS // GROUP)
     rollout = Rollout(max_prompt_tokens=longest // 8, max_response_tokens=longest)
@@ -133,9 +135,9 @@ def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) 
     def step() -> float:
         total = 0.0
         for micro in micro_batches:
-            logits = model(input_ids=micro.ids_BL, use_cache=False).logits[:, :-1]
-            selected = logits.gather(-1, micro.ids_BL[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-            width = micro.ids_BL.shape[1]  # of padded states, less the last of each row
+            logits = model(input_ids=micro.inputs["input_ids"], use_cache=False).logits[:, :-1]
+            selected = logits.gather(-1, micro.inputs["input_ids"][:, 1:, None])[..., 0] - logits.logsumexp(-1)
+            width = micro.inputs["input_ids"].shape[1]  # of padded states, less the last of each row
             logprob = selected.flatten()[micro.state_T - micro.state_T // width]
             ratio = (logprob.float() - micro.sampler_T).exp()
             clipped = ratio.clamp(0.8, 1.2)
@@ -182,12 +184,12 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     run, backend = held[0]
     seconds = measure.interleave({name: run}, rounds=rounds)[name]
     summary = measure.summary(seconds)
-    rows = [len(g.prompt.token_ids) + len(r.completion.tokens) for g in make_groups(shape) for r in g.rows]
-    slots = sum(micro.ids_BL.numel() for micro in batch.mini_batches[0].micro_batches) * world.size
+    rows = [len(g.prompt.token_ids) + len(r.completion.tokens) - 1 for g in make_groups(shape) for r in g.rows]
+    slots = sum(micro.inputs["input_ids"].numel() for micro in batch.mini_batches[0].micro_batches) * world.size
     found: dict[str, Any] = {
         "case": name, "shape": shape, "ranks": world.size, "tokens": sum(rows), "loss": losses[0], **summary,
-        "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "padding": 1 - sum(rows) / slots,
-        "mfu": _utilisation(shape, rows, summary["median_s"] * world.size, frozen="lora_rank" in CASES[name]),
+        "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "computed": slots / sum(rows),
+        "mfu": _utilisation(shape, rows, summary["median_s"] * world.size, CASES[name]),
     }  # fmt: skip
     found["kernels"] = kernel_times.shares(run) if torch.cuda.is_available() else []
     found["phases"] = kernel_times.phases(run, backend) if backend is not None else []
@@ -196,15 +198,16 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     world.leave()
 
 
-def _utilisation(shape: str, rows: list[int], gpu_seconds: float, *, frozen: bool) -> float | None:
+def _utilisation(shape: str, rows: list[int], gpu_seconds: float, case: dict[str, Any]) -> float | None:
     """6 N FLOPs a token (4 N of frozen weights, which have no gradient) and 6 layers·heads·size·L causal attention (12,
-    halved), of the peak of a known GPU. Recomputed activations do not count."""
-    if not torch.cuda.is_available():
+    halved), of the peak of a known GPU. Recomputed activations do not count; where prompts are computed once, the work
+    is another."""
+    if not torch.cuda.is_available() or "share" in case:
         return None
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in torch.cuda.get_device_name()), None)
     hidden, layers, heads, kv_heads, size, intermediate, vocabulary, _ = SHAPES[shape]
     per_layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * intermediate
-    weights, each = layers * per_layer + hidden * vocabulary, 4 if frozen else 6
+    weights, each = layers * per_layer + hidden * vocabulary, 4 if "lora_rank" in case else 6
     work = sum(each * weights * n + 6 * layers * heads * size * n * n for n in rows)
     return work / gpu_seconds / peak if peak else None
 

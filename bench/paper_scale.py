@@ -83,6 +83,7 @@ def tiny(work: Path, *, steps: int = 48) -> Scale:
     data = data_folder(work)
     files = write_splits(data)
     files |= hard_problems(data, files, family.learner)
+    # micro_batch_rows is read under micro_batch_tokens=0 only; it stays, since runs on record are keyed by their words.
     common = (
         str(CONFIGS / "tiny.toml"), f"algorithm.steps={steps}", "learner.micro_batch_rows=128",
         f"evaluation.every={max(1, steps // 4)}", f"evaluation.diversity_every={max(1, steps // 4)}",

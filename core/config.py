@@ -99,9 +99,10 @@ class Learner(Section, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(description="AdamW weight decay.", ge=0)] = 0.0
     warmup_updates: Annotated[int, Meta(description="Optimizer updates of linear warm-up.", ge=0)] = 4
     grad_clip: Annotated[float, Meta(description="Largest global gradient norm.", gt=0)] = 1.0
-    micro_batch_rows: Annotated[int, Meta(description="Completions per forward pass and rank; must divide mini_batch_prompts × group_size.", ge=1)] = 64
+    micro_batch_rows: Annotated[int, Meta(description="Completions per forward pass and rank where micro_batch_tokens is 0; must divide mini_batch_prompts × group_size.", ge=1)] = 64
     liger: Annotated[bool, Meta(description="On a GPU, Liger's RMSNorm, rotary embedding and SwiGLU, where it is installed and knows the model.")] = True
-    micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 0
+    micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 8192
+    share_prompts: Annotated[bool, Meta(description="Packed rows of one prompt compute its tokens once (the updates are equal up to rounding).")] = True
     gradient_checkpointing: Annotated[bool, Meta(description="Recompute activations in the backward pass.")] = False
     recompute: Annotated[Literal["full", "selective"], Meta(description="What gradient checkpointing computes twice: every layer in full (least memory), or all but its matrix products and attention, whose outputs are kept.")] = "full"
     backend: Annotated[Literal["torch", "deepspeed"], Meta(description="What trains: plain data-parallel torch (every rank holds everything), or DeepSpeed, which shards over the ranks.")] = "torch"

@@ -57,7 +57,9 @@ def _models(config: Config) -> str:
 
 
 def _batch(config: Config) -> str:
-    algorithm, micro = config.algorithm, config.learner.micro_batch_rows
+    algorithm, learner = config.algorithm, config.learner
+    tokens = learner.micro_batch_tokens
+    micro = f"{tokens} tokens" if tokens else f"{learner.micro_batch_rows} rows"
     prompts, size, mini = algorithm.prompts_per_step, algorithm.group_size, algorithm.mini_batch_prompts
     updates = prompts // mini * algorithm.epochs
     if algorithm.mixing == "authors_code":

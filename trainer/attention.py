@@ -1,17 +1,19 @@
-"""Attention over rows that stand one after the other without padding, and never see each other.
+"""Attention over segments that stand one after the other without padding (`trainer.line`), each with its own keys.
 
-Shape suffixes: N tokens of all rows, R rows, L tokens of the longest row, H query and G key-value heads of size D.
+Shape suffixes: N tokens of the line, K keys of all segments, S segments, L keys of the longest one, H query and G
+key-value heads of size D.
 """
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "s2lpo_packed"
@@ -46,71 +48,119 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_index: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row: query [1, H, N, D], key and value [1, G, N, D] to [1, N, H, D].
+    """Attention of each segment to its keys: query [1, H, N, D], key and value [1, G, N, D] to [1, N, H, D].
 
-    Row r is tokens cu_seq_lens_q[r] … cu_seq_lens_q[r + 1] − 1, as transformers names it. Without it every batch row
-    is one row, as for a model's own forward. bf16 and fp16 on a GPU run flash-attn where it is installed, else
-    torch's varlen_attn; everything else SDPA, short rows padded within the attention only.
+    Segment s is tokens cu_seq_lens_q[s] … cu_seq_lens_q[s + 1] − 1, as transformers names it. Its keys are the places
+    key_index[cu_seq_lens_k[s]] … key_index[cu_seq_lens_k[s + 1] − 1] of the line, the line itself where key_index is
+    None. Its last token sees all of them, the token before it all but the last, and so on. Without bounds every batch
+    row is one row, as for a model's own forward. bf16 and fp16 on a GPU run flash-attn where it is installed, else
+    torch's varlen_attn; everything else SDPA, short segments padded within the attention only.
     """
-    assert attention_mask is None, "rows are told apart by cu_seq_lens_q alone"
+    assert attention_mask is None, "rows are told apart by bounds alone"
     assert dropout == 0, "models train without dropout"
     if cu_seq_lens_q is None:
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
-    assert max_length_q is not None
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    kernel = _kernel(query, max_length_q)
-    return kernel(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
+    assert max_length_q is not None, "bounds come with the longest segment"
+    assert max_length_k is not None, "bounds come with the longest keys"
+    assert cu_seq_lens_k is not None, "queries have bounds, keys have none"
+    segments = Segments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, key_index)
+    line = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    return _kernel(query, max_length_k)(*line, segments, scaling)[None], None
+
+
+class Segments(NamedTuple):
+    """Where they start among the queries [S + 1] and among the keys [S + 1], the longest, and where keys lie [K]."""
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    key_index: Tensor | None
+
+    def gathered(self, line: Tensor) -> Tensor:
+        """Keys or values [N, G, D] as [K, G, D]. An embedding's gradient adds repeated rows up in a fixed order."""
+        if self.key_index is None:
+            return line
+        return embedding(self.key_index, line.flatten(1)).unflatten(-1, line.shape[1:])
 
 
 def _kernel(query: Tensor, longest: int) -> Callable[..., Tensor]:
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash if importlib.util.find_spec("flash_attn") else _varlen
-    return _padded if longest < LONG_ROW else _row_by_row
+    return _padded if longest < LONG_ROW else _one_by_one
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(
-        query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
-    )  # fmt: skip
+    key, value = segments.gathered(key), segments.gathered(value)
+    return flash_attn_varlen_func(query, key, value, *segments[:4], softmax_scale=scale, causal=True)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Torch 2.11 has no such argument and takes grouped heads as they are.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    out = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
-    )  # fmt: skip
+    key, value = segments.gathered(key), segments.gathered(value)
+    out = varlen_attn(query, key, value, *segments[:4], scale=scale, window_size=(-1, 0), **grouped)
     assert isinstance(out, Tensor)
     return out
 
 
-def _padded(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
-    """SDPA on [R, H, L, D]: R·L² scores, where a block-diagonal mask over all tokens takes (Σ L)²."""
-    lengths_R = bounds.diff().long()
-    row_N = torch.repeat_interleave(torch.arange(len(lengths_R), device=query.device), lengths_R)
-    slot_N = torch.arange(len(row_N), device=query.device) - bounds.long()[row_N]
+def _padded(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """SDPA on queries [S, H, Q, D] and keys [S, G, L, D]: S·Q·L scores, where a block mask over the line takes N·K."""
+    num_keys = len(key) if segments.key_index is None else len(segments.key_index)
+    place_N = _places(segments.queries, segments.most_queries, len(query))
+    place_K = _places(segments.keys, segments.most_keys, num_keys)
 
-    def spread(tensor: Tensor) -> Tensor:
-        padded = tensor.new_zeros(len(lengths_R), longest, *tensor.shape[1:])
-        return padded.index_put((row_N, slot_N), tensor).transpose(1, 2)
+    def spread(line: Tensor, place: Tensor, index: Tensor | None, most: int) -> Tensor:
+        """A place that no token has shows the line's first one, to no query that counts."""
+        source = place.new_zeros((len(segments.keys) - 1) * most)
+        source[place] = torch.arange(len(place), device=place.device) if index is None else index
+        return line.flatten(1).index_select(0, source).view(-1, most, *line.shape[1:]).transpose(1, 2)
 
-    out_RHLD = scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), is_causal=True, scale=scale, enable_gqa=True
+    mask = None if segments.key_index is None else _mask(segments, query.dtype)
+    keys, values = (spread(line, place_K, segments.key_index, segments.most_keys) for line in (key, value))
+    out_SHQD = scaled_dot_product_attention(
+        spread(query, place_N, None, segments.most_queries), keys, values,
+        attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
+    )  # fmt: skip
+    return out_SHQD.transpose(1, 2).flatten(0, 1).index_select(0, place_N)
+
+
+def _mask(segments: Segments, dtype: torch.dtype) -> Tensor:
+    """[S, 1, Q, L]: what each query adds to its scores."""
+    earlier_S = segments.keys.diff() - segments.queries.diff()  # keys that all of a segment's queries see
+    query_Q, key_L = (
+        torch.arange(most, device=earlier_S.device) for most in (segments.most_queries, segments.most_keys)
     )
-    return out_RHLD.transpose(1, 2)[row_N, slot_N]
+    hidden_SQL = key_L > query_Q[:, None] + earlier_S[:, None, None]
+    shape = hidden_SQL.shape
+    return torch.zeros(shape, dtype=dtype, device=earlier_S.device).masked_fill_(hidden_SQL, -math.inf)[:, None]
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+def _places(bounds: Tensor, most: int, count: int) -> Tensor:
+    """Where each of `count` tokens stands if every segment takes `most` places."""
+    starts = torch.arange(len(bounds) - 1, device=bounds.device) * most - bounds[:-1]
+    shift = torch.repeat_interleave(starts, bounds.diff().long(), output_size=count)
+    return torch.arange(count, device=bounds.device) + shift
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
     out = []
-    for start, stop in pairwise(bounds.tolist()):
-        q, k, v = (tensor[None, start:stop].transpose(1, 2) for tensor in (query, key, value))
-        out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    key, value = segments.gathered(key), segments.gathered(value)
+    for (start, stop), (first, last) in zip(pairwise(segments.queries.tolist()), pairwise(segments.keys.tolist())):
+        earlier = (last - first) - (stop - start)  # keys that all its queries see: queries stand behind as many zeros
+        q = pad(query[start:stop], (0, 0, 0, 0, earlier, 0))
+        q, k, v = (line[None].transpose(1, 2) for line in (q, key[first:last], value[first:last]))
+        found = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out.append(found[0, :, earlier:].transpose(0, 1))
+    return torch.cat(out)

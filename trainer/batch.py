@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 from core.config import Config, Loss
 from core.schema import Group, ScoredCompletion, Source
 from trainer.micro_batch import SOURCES, MicroBatch, Row, WeightedRow, make_micro_batch, placeholder
-from trainer.packing import pack_rows
+from trainer.packing import Extent, pack_rows
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,19 @@ def _mini_batch(rows: list[Row], config: Config, rank: int, world_size: int, fir
     """
     num_tokens = sum(len(row.tokens) for row in rows)
     weights = token_weights(rows, config.loss, config.rollout.max_response_tokens)
-    max_tokens = config.learner.micro_batch_tokens
+    max_tokens, share = config.learner.micro_batch_tokens, config.learner.share_prompts
     weighted = list(zip(rows, weights))
-    share_out = _by_tokens if max_tokens else _by_rows
-    parts = share_out(weighted, max_tokens or config.learner.micro_batch_rows, world_size)
+    if max_tokens:
+        parts = _by_tokens(weighted, max_tokens, world_size, share=share)
+    else:
+        parts = _by_rows(weighted, config.learner.micro_batch_rows, world_size)
     micro_batches: list[MicroBatch] = []
     for start in range(0, len(parts), world_size):
         peers = parts[start : start + world_size]
         sources = frozenset(SOURCES[row.source] for row, _ in chain.from_iterable(peers))
         mine = peers[rank] or [(placeholder(rows[0]), 0.0)]
         index = first_index + len(micro_batches)
-        micro_batches.append(make_micro_batch(mine, sources, index, packed=max_tokens > 0))
+        micro_batches.append(make_micro_batch(mine, sources, index, packed=max_tokens > 0, share=share))
     return MiniBatch(tuple(micro_batches), num_rows=len(rows), num_tokens=num_tokens)
 
 
@@ -152,12 +154,13 @@ def _by_rows(rows: list[WeightedRow], max_rows: int, ranks: int) -> list[list[We
     return [ordered[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _by_tokens(rows: list[WeightedRow], max_tokens: int, ranks: int) -> list[list[WeightedRow]]:
+def _by_tokens(rows: list[WeightedRow], max_tokens: int, ranks: int, *, share: bool) -> list[list[WeightedRow]]:
     """Each source by itself, packed to `max_tokens` tokens and balanced by cost."""
     parts = []
     for source in range(len(SOURCES)):
         members = [pair for pair in rows if pair[0].source == source]
         if members:
-            bins = pack_rows([row.length for row, _ in members], max_tokens=max_tokens, ranks=ranks)
+            extents = [Extent(row.length, len(row.prompt_ids), row.prompt_ids) for row, _ in members]
+            bins = pack_rows(extents, max_tokens=max_tokens, ranks=ranks, share=share)
             parts += [[members[i] for i in positions] for positions in bins]
     return parts

@@ -2,7 +2,7 @@
 
 Shape suffixes: R rows of a micro-batch, T completion tokens of all its rows, one after the other without padding. Token
 ids are [B, L]: padded, B = R rows of the longest row's L tokens (prompt and completion); packed, B = 1 line of L tokens
-of all rows.
+of all rows (`trainer.line`).
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.schema import Source
+from trainer.line import Line, lay_out
 
 SOURCES = (Source.EXPLORER, Source.LEARNER)  # `source_T` holds positions in this tuple
 NO_SOURCE = -1
@@ -44,16 +45,13 @@ class MicroBatch:
     """Rows of one forward pass of one rank; everything per completion token is packed.
 
     Token ids are right-padded (padding stands where causal attention never looks, so no attention mask is needed and
-    the value of a pad never matters), or packed one row after the other, with `position_BL` and `bounds_R1` set.
+    the value of a pad never matters), or packed one row after the other.
     `sources` are those of this forward pass on any rank: all ranks skip the same scoring passes.
     """
 
     index: int  # position among the rank's micro-batches of the step
     sources: frozenset[Source]
-    ids_BL: Tensor  # int64
-    position_BL: Tensor | None  # int64: position of the token in its row; None where padded
-    bounds_R1: Tensor | None  # int32 [R + 1]: where each row starts in the line; None where padded
-    longest: int  # tokens of the longest row
+    inputs: dict[str, Any]  # the decoder's keyword arguments; input_ids are int64 [B, L]
     state_T: Tensor  # int64: where in the flattened [B·L] stands the hidden state that predicts the token
     target_T: Tensor  # int64: the token
     row_T: Tensor  # int64
@@ -66,20 +64,15 @@ class MicroBatch:
     explorer_share_T: Tensor  # float32
     token_weight_T: Tensor  # float32: the factor of the token in the update's loss (`token_weights`)
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The decoder's keyword arguments."""
-        if self.bounds_R1 is None:
-            return {"input_ids": self.ids_BL}
-        bounds = {"cu_seq_lens_q": self.bounds_R1, "cu_seq_lens_k": self.bounds_R1}
-        longest = {"max_length_q": self.longest, "max_length_k": self.longest}
-        return {"input_ids": self.ids_BL, "position_ids": self.position_BL, **bounds, **longest}
-
     def to(self, device: torch.device) -> Self:
         """The same micro-batch with its tensors on `device`."""
         names = [name for name, value in vars(self).items() if isinstance(value, Tensor) and name != "start_R1"]
         moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+        inputs = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, **moved)
 
 
 def placeholder(row: Row) -> Row:
@@ -88,20 +81,14 @@ def placeholder(row: Row) -> Row:
 
 
 def make_micro_batch(
-    weighted_rows: Sequence[WeightedRow], sources: frozenset[Source], index: int, *, packed: bool
+    weighted_rows: Sequence[WeightedRow], sources: frozenset[Source], index: int, *, packed: bool, share: bool = False
 ) -> MicroBatch:
-    """Tensors of one forward pass; a token is predicted by the hidden state of the token before it."""
+    """Tensors of one forward pass; a token is predicted by the hidden state of the token before it.
+
+    `share`: packed neighbours of one prompt share its tokens.
+    """
     rows = [row for row, _ in weighted_rows]
-    longest = max(row.length for row in rows)
-    bounds = np.concatenate([[0], np.cumsum([row.length for row in rows])])
-    starts = bounds[:-1] if packed else np.arange(len(rows)) * longest
-    ids = np.zeros(bounds[-1] if packed else len(rows) * longest, dtype=np.int64)
-    states = []
-    for start, row in zip(starts, rows):
-        ids[start : start + row.length] = np.concatenate([row.prompt_ids, row.tokens])
-        first = start + len(row.prompt_ids) - 1
-        states.append(np.arange(first, first + len(row.tokens)))
-    positions = np.concatenate([np.arange(row.length) for row in rows])
+    line = lay_out([(row.prompt_ids, row.tokens) for row in rows], share=share) if packed else _padded(rows)
     lengths_R = np.array([len(row.tokens) for row in rows])
 
     def per_token(values: Sequence[float] | range, dtype: torch.dtype) -> Tensor:
@@ -110,11 +97,8 @@ def make_micro_batch(
     return MicroBatch(
         index=index,
         sources=sources,
-        ids_BL=torch.from_numpy(ids).view(1 if packed else len(rows), -1),
-        position_BL=torch.from_numpy(positions)[None] if packed else None,
-        bounds_R1=torch.from_numpy(bounds.astype(np.int32)) if packed else None,
-        longest=longest,
-        state_T=torch.from_numpy(np.concatenate(states)),
+        inputs=line.inputs,
+        state_T=torch.from_numpy(line.state_T),
         target_T=torch.from_numpy(np.concatenate([row.tokens for row in rows]).astype(np.int64)),
         row_T=per_token(range(len(rows)), torch.int64),
         start_R1=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int32)),
@@ -124,3 +108,13 @@ def make_micro_batch(
         explorer_share_T=per_token([row.explorer_share for row in rows], torch.float32),
         token_weight_T=per_token([weight for _, weight in weighted_rows], torch.float32),
     )
+
+
+def _padded(rows: Sequence[Row]) -> Line:
+    longest = max(row.length for row in rows)
+    ids, states = np.zeros((len(rows), longest), dtype=np.int64), []
+    for index, row in enumerate(rows):
+        ids[index, : row.length] = np.concatenate([row.prompt_ids, row.tokens])
+        first = index * longest + len(row.prompt_ids) - 1
+        states.append(np.arange(first, first + len(row.tokens)))
+    return Line({"input_ids": torch.from_numpy(ids)}, np.concatenate(states))

@@ -1,44 +1,108 @@
 """Which rows share a forward pass, where forward passes are filled to a number of tokens instead of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 QUADRATIC_TOKENS = 24_576  # row length at which attention costs as much as all else: 12 x a hidden size of 2048
 
 
-def pack_rows(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[int]]:
-    """Positions of `lengths` in bins of at most `max_tokens`; their number is a multiple of `ranks`.
+class Extent(NamedTuple):
+    """A row as far as packing is concerned: `length` tokens, of which the first `prompt` may be those of its family."""
 
-    Every row is in one bin. The largest cost of a bin is kept small (longest processing time first: each row, by
+    length: int
+    prompt: int = 0
+    family: Hashable = None
+
+
+def pack_rows(rows: Sequence[Extent], *, max_tokens: int, ranks: int, share: bool = False) -> list[list[int]]:
+    """Positions of `rows` in bins of at most `max_tokens`; their number is a multiple of `ranks`.
+
+    Every row is in one bin. The largest cost of a bin is kept small (longest processing time first: each unit, by
     falling cost, goes to the cheapest bin that has room), and bins come by falling cost, so that the `ranks` bins of
-    one round, which wait for each other, are alike. The cost of a row of L tokens is L + L² / 24576. The same
-    lengths always give the same bins; bins are empty where there are fewer rows than ranks.
+    one round, which wait for each other, are alike. A unit is one row, of cost L + L² / 24576. With `share`, it is
+    2, 4, 8 … neighbours of one family, which cost their prompt once: the number that makes the rounds shortest in all,
+    since larger units spare more and balance worse. A bin's tokens are always those of its rows by themselves, for
+    which memory then suffices. The same rows always give the same bins; bins are empty where there are fewer units than
+    ranks.
 
-    Example: pack_rows([5, 3, 3, 2], max_tokens=8, ranks=2) == [[0, 3], [1, 2]]
+    Example: pack_rows([Extent(5), Extent(3), Extent(3), Extent(2)], max_tokens=8, ranks=2) == [[0, 3], [1, 2]]
 
     Source: Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17 (1969).
     """
-    assert max(lengths) <= max_tokens, f"a row of {max(lengths)} tokens does not fit into {max_tokens}"
-    costs = [length + length**2 / QUADRATIC_TOKENS for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda row: -costs[row])  # stable: equal rows keep their order
-    rounds = -(-sum(lengths) // (max_tokens * ranks))
-    while (bins := _fill(order, lengths, costs, rounds * ranks, max_tokens)) is None:
+    longest = max(row.length for row in rows)
+    assert longest <= max_tokens, f"a row of {longest} tokens does not fit into {max_tokens}"
+    families = [list(members) for _, members in groupby(range(len(rows)), key=lambda i: rows[i].family)]
+    sizes = [1]
+    while share and sizes[-1] < max(map(len, families)):
+        sizes.append(2 * sizes[-1])
+    layouts = [_layout(rows, families, size, max_tokens, ranks, share=share) for size in reversed(sizes)]
+    return min(layouts, key=lambda layout: layout.time).bins
+
+
+class _Unit(NamedTuple):
+    """Neighbours that stay together."""
+
+    rows: list[int]
+    room: int
+    cost: float
+
+
+class _Layout(NamedTuple):
+    time: float  # the largest costs of all rounds
+    bins: list[list[int]]
+
+
+def _layout(
+    rows: Sequence[Extent], families: Sequence[list[int]], size: int, max_tokens: int, ranks: int, *, share: bool
+) -> _Layout:
+    def cost(members: Sequence[int]) -> float:
+        return _shared_cost(rows, members) if share else sum(_cost(rows[i].length) for i in members)
+
+    pieces = [piece for members in families for piece in _pieces(rows, members, size, max_tokens)]
+    units = [_Unit(piece, sum(rows[i].length for i in piece), cost(piece)) for piece in pieces]
+    units.sort(key=lambda unit: -unit.cost)  # stable: equal units keep their order
+    rounds = -(-sum(row.length for row in rows) // (max_tokens * ranks))
+    while (filled := _fill(units, rounds * ranks, max_tokens)) is None:
         rounds += 1
-    bins.sort(key=lambda rows: -sum(costs[row] for row in rows))
-    return [sorted(rows) for rows in bins]
+    bins = sorted((sorted(row for unit in members for row in unit.rows) for members in filled), key=cost, reverse=True)
+    return _Layout(sum(map(cost, bins[::ranks])), bins)
 
 
-def _fill(
-    order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int
-) -> list[list[int]] | None:
-    """None where some row finds no bin with room."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
+def _pieces(rows: Sequence[Extent], members: Iterable[int], size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Neighbours by at most `size` rows and `max_tokens` tokens."""
+    piece: list[int] = []
+    for row in members:
+        if len(piece) == size or sum(rows[i].length for i in [*piece, row]) > max_tokens:
+            yield piece
+            piece = []
+        piece.append(row)
+    yield piece
+
+
+def _cost(length: int) -> float:
+    return length + length**2 / QUADRATIC_TOKENS
+
+
+def _shared_cost(rows: Sequence[Extent], members: Iterable[int]) -> float:
+    """Of neighbours of one family, all but the first do without their prompt."""
+    total, before = 0.0, None
+    for row in (rows[i] for i in members):
+        total += _cost(row.length) - (_cost(row.prompt) if before is not None and row.family == before else 0.0)
+        before = row.family
+    return total
+
+
+def _fill(order: Sequence[_Unit], num_bins: int, max_tokens: int) -> list[list[_Unit]] | None:
+    """None where some unit finds no bin with room."""
+    bins: list[list[_Unit]] = [[] for _ in range(num_bins)]
     room, cost = [max_tokens] * num_bins, [0.0] * num_bins
-    for row in order:
-        candidates = [i for i in range(num_bins) if room[i] >= lengths[row]]
+    for unit in order:
+        candidates = [i for i in range(num_bins) if room[i] >= unit.room]
         if not candidates:
             return None
         best = min(candidates, key=cost.__getitem__)
-        bins[best].append(row)
-        room[best] -= lengths[row]
-        cost[best] += costs[row]
+        bins[best].append(unit)
+        room[best] -= unit.room
+        cost[best] += unit.cost
     return bins

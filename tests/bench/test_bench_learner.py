@@ -49,9 +49,11 @@ def test_an_update_is_taken_apart_and_put_together_again(tmp_path):
 def test_packed_cases_have_no_padding():
     slots = {
         name: sum(
-            micro.ids_BL.numel() for micro in pack_step(make_groups("tiny"), config).mini_batches[0].micro_batches
+            micro.inputs["input_ids"].numel()
+            for micro in pack_step(make_groups("tiny"), config).mini_batches[0].micro_batches
         )
-        for name, config in ((name, make_config(CASES[name], "tiny")) for name in ("torch padded", "torch packed"))
+        for name in ("torch padded", "torch packed", "torch packed, prompts shared")
+        for config in [make_config(CASES[name], "tiny")]
     }
-    tokens = sum(len(g.prompt.token_ids) + len(row.completion.tokens) for g in make_groups("tiny") for row in g.rows)
-    assert slots["torch packed"] == tokens < slots["torch padded"]
+    rows = [len(g.prompt.token_ids) + len(row.completion.tokens) - 1 for g in make_groups("tiny") for row in g.rows]
+    assert slots["torch packed, prompts shared"] < slots["torch packed"] == sum(rows) < slots["torch padded"]

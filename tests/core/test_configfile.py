@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from core.anneal import quota_at
-from core.config import Config
+from core.config import Config, Learner
 from core.configcheck import check_config, check_paths
 from core.configfile import ConfigError, load_config, parse_command, write_resolved
 from core.confighelp import explain, help_text
@@ -133,8 +133,11 @@ def test_a_wrong_file_names_file_key_and_value(tmp_path, text, parts):
             ["algorithm.mini_batch_prompts=12"],
             ["mini_batch_prompts = 12", "prompts_per_step = 32", "1, 2, 4, 8, 16, 32"],
         ),
-        (["learner.micro_batch_rows=48"], ["16 x 8 = 128", "64, 128"]),
-        (["algorithm.mixing=authors_code"], ["micro_batch_rows = 64", "authors_code", "1, 2, 4, 8, 16"]),
+        (["learner.micro_batch_tokens=0", "learner.micro_batch_rows=48"], ["16 x 8 = 128", "64, 128"]),
+        (
+            ["algorithm.mixing=authors_code", "learner.micro_batch_tokens=0"],
+            ["micro_batch_rows = 64", "authors_code", "1, 2, 4, 8, 16"],
+        ),
         (["evaluation.k=[1,16]"], ["evaluation.k = [1, 16]", "evaluation.samples = 8"]),
         (["evaluation.k=[]"], ["evaluation.k = []"]),
         (["explorer.processes=0"], ["explorer.processes = 0", "explorer.processes=1", "stream.endpoint="]),
@@ -173,7 +176,8 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ["explorer.processes=0", "stream.endpoint=ipc:///tmp/s2lpo.sock"],
         ["explorer.top_p=0.9", "correction.explorer.anchor=learner"],
         ["data.eval=", "evaluation.k=[99]"],
-        ["algorithm.mixing=authors_code", "learner.micro_batch_rows=8"],
+        ["algorithm.mixing=authors_code"],
+        ["algorithm.mixing=authors_code", "learner.micro_batch_tokens=0", "learner.micro_batch_rows=8"],
         ["algorithm.mixing=rescue"],
         ["stream.endpoint=tcp://0.0.0.0:5000", "stream.keys=keys"],
         ["learner.model=runs/tiny/model"],  # train on from an embedded run
@@ -186,9 +190,11 @@ def test_unusual_but_possible(arguments):
 
 
 def test_ranks_must_share_an_update_evenly():
-    check_config(Config(), world_size=2)
+    check_config(Config(), world_size=3)
+    padded = Config(learner=Learner(micro_batch_tokens=0))
+    check_config(padded, world_size=2)
     with pytest.raises(ConfigError, match="3 trainer ranks x"):
-        check_config(Config(), world_size=3)
+        check_config(padded, world_size=3)
 
 
 def test_missing_models_and_data_are_named_together(tmp_path):
@@ -229,7 +235,7 @@ def test_paper_presets_have_the_values_of_appendix_c(name):
         16,
     )
     assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (512, 4096)
-    assert (config.learner.learning_rate, config.learner.micro_batch_rows) == (1e-6, 2)
+    assert (config.learner.learning_rate, config.learner.micro_batch_tokens) == (1e-6, 2 * 4608)
     assert (config.loss.kl_coef, config.loss.entropy_coef, config.loss.kl_rows) == (1e-3, 0.0, "all")
     assert (config.data.overlong, config.checkpoint.every, config.evaluation.every) == ("filter", 1, 100)
     assert config.run.dir == f"runs/{name}"
@@ -271,8 +277,8 @@ def test_help_wins_over_everything_else():
 def test_explain_states_which_batch_is_which():
     lines = explain(Config())
     assert (
-        "32 prompts x 8 completions = 256 completions per step; 2 optimizer updates of 128, micro-batches of 64"
-        in lines
+        "32 prompts x 8 completions = 256 completions per step; 2 optimizer updates of 128, "
+        "micro-batches of 8192 tokens" in lines
     )
     assert any("owes 5,728 of 20,480 completions (28%), the last at step 39" in line for line in lines)
     assert any("256 problems x 8 completions" in line and "every 20 steps" in line for line in lines)

@@ -88,6 +88,7 @@ def make_config(overrides: dict[str, object] | None = None) -> Config:
         "algorithm.prompts_per_step": 4,
         "algorithm.mini_batch_prompts": 2,
         "learner.micro_batch_rows": 4,
+        "learner.micro_batch_tokens": 0,
         "learner.learning_rate": 1e-3,
         "rollout.max_response_tokens": 12,
     }

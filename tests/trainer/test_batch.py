@@ -44,7 +44,7 @@ def test_one_group_by_hand(tiny_config):
     assert (batch.step, batch.num_tokens, len(batch.mini_batches)) == (3, 9, 1)
     (micro,) = batch.mini_batches[0].micro_batches
     # Explorer first, then by falling length.
-    assert micro.ids_BL.tolist() == [[5, 6, 7, 8, EOS, 0], [5, 6, 10, 11, 12, 13], [5, 6, 9, EOS, 0, 0]]
+    assert micro.inputs["input_ids"].tolist() == [[5, 6, 7, 8, EOS, 0], [5, 6, 10, 11, 12, 13], [5, 6, 9, EOS, 0, 0]]
     assert micro.target_T.tolist() == [7, 8, EOS, 10, 11, 12, 13, 9, EOS]
     assert micro.state_T.tolist() == [1, 2, 3, 7, 8, 9, 10, 13, 14]
     assert micro.row_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2]
@@ -60,7 +60,7 @@ def test_one_group_by_hand(tiny_config):
 def test_every_state_predicts_the_next_token(tiny_config, made_up_groups):
     for mini_batch in pack_step(made_up_groups(), tiny_config()).mini_batches:
         for micro in mini_batch.micro_batches:
-            assert torch.equal(micro.ids_BL.flatten()[micro.state_T + 1], micro.target_T)
+            assert torch.equal(micro.inputs["input_ids"].flatten()[micro.state_T + 1], micro.target_T)
 
 
 def test_the_eos_token_is_trained(tiny_config):
@@ -185,7 +185,7 @@ def test_rows_of_similar_length_share_a_micro_batch(tiny_config, made_up_groups)
     batch = pack_step(made_up_groups(prompts=8, longest=12, seed=5), tiny_config({"algorithm.mini_batch_prompts": 8}))
     (mini,) = batch.mini_batches
     for source in (0, 1):
-        widths = [m.ids_BL.shape[1] for m in mini.micro_batches if set(m.source_T.tolist()) == {source}]
+        widths = [m.inputs["input_ids"].shape[1] for m in mini.micro_batches if set(m.source_T.tolist()) == {source}]
         assert widths == sorted(widths, reverse=True)
     assert sum(len(m.sources) == 2 for m in mini.micro_batches) <= 1
 
@@ -194,5 +194,6 @@ def test_packing_is_deterministic(tiny_config, made_up_groups):
     first, second = (pack_step(made_up_groups(), tiny_config()) for _ in range(2))
     for a, b in zip(first.mini_batches, second.mini_batches):
         for x, y in zip(a.micro_batches, b.micro_batches):
-            assert all(torch.equal(getattr(x, name), getattr(y, name)) for name in ("ids_BL", "target_T", "sampler_T"))
+            assert torch.equal(x.inputs["input_ids"], y.inputs["input_ids"])
+            assert all(torch.equal(getattr(x, name), getattr(y, name)) for name in ("target_T", "sampler_T"))
     assert np.isfinite(first.num_tokens)

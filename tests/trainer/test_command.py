@@ -69,7 +69,10 @@ def test_help_lists_every_key_with_default_and_sentence(capsys: pytest.CaptureFi
         (["algorithm.group_size=1"], ["algorithm.group_size = 1", "at least 2"]),
         (["algorithm.steps=10"], ["algorithm.anneal_steps = 40", "algorithm.steps = 10", "anneal_steps=5"]),
         (["explorer.processes=0"], ["explorer.processes = 0", "explorer.processes=1", "ipc:///"]),
-        (["learner.micro_batch_rows=48"], ["micro_batch_rows = 48", "16 x 8 = 128", "use one of", "64, 128"]),
+        (
+            ["learner.micro_batch_tokens=0", "learner.micro_batch_rows=48"],
+            ["micro_batch_rows = 48", "16 x 8 = 128", "use one of", "64, 128"],
+        ),
         (["algorithm.mini_batch_prompts=5"], ["mini_batch_prompts = 5", "prompts_per_step = 32", "use one of"]),
         (["learner.model=/nowhere", "explorer.model=/nowhere"], ['learner.model = "/nowhere"', "download the model"]),
         (["configs/tyni.toml"], ["no configuration file configs/tyni.toml", "did you mean configs/tiny.toml?"]),

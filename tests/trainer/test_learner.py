@@ -180,9 +180,9 @@ def test_mixture_scores_the_explorer_on_learner_rows(tiny_config, made_up_groups
         omega = micro.sampler_T.clone()
         for row, (start, stop) in enumerate(zip(micro.start_R1, micro.start_R1[1:])):
             if micro.source_T[start] == 1:
-                width = micro.ids_BL.shape[1]
+                width = micro.inputs["input_ids"].shape[1]
                 first = int(micro.state_T[start]) - row * width
-                ids = micro.ids_BL[row : row + 1, : first + 1 + stop - start]
+                ids = micro.inputs["input_ids"][row : row + 1, : first + 1 + stop - start]
                 log_p = learner.explorer.model(input_ids=ids).logits[0].log_softmax(-1)[first:-1]
                 omega[start:stop] = log_p.gather(1, ids[0, first + 1 :, None])[:, 0]
         expected = old.exp() / (0.25 * omega.exp() + 0.75 * old.exp())

@@ -22,10 +22,7 @@ def micro_batch():
     return MicroBatch(
         index=0,
         sources=frozenset(Source),
-        ids_BL=torch.zeros(1, 6, dtype=torch.int64),
-        position_BL=None,
-        bounds_R1=None,
-        longest=6,
+        inputs={"input_ids": torch.zeros(1, 6, dtype=torch.int64)},
         state_T=torch.arange(5),
         target_T=torch.zeros(5, dtype=torch.int64),
         row_T=torch.zeros(5, dtype=torch.int64),

@@ -1,6 +1,7 @@
 """A whole update against the same update written row by row, unpadded, with plain autograd over logits in float64."""
 
 import math
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -127,11 +128,11 @@ def test_padding_never_changes_loss_or_gradient(tiny_config, made_up_groups, lea
         losses = []
         for micro in batch.mini_batches[0].micro_batches:
             lengths = torch.tensor(
-                [int(micro.state_T[end - 1]) % micro.ids_BL.shape[1] + 2 for end in micro.start_R1[1:]]
+                [int(micro.state_T[end - 1]) % micro.inputs["input_ids"].shape[1] + 2 for end in micro.start_R1[1:]]
             )
-            is_pad = torch.arange(micro.ids_BL.shape[1])[None] >= lengths[:, None]
+            is_pad = torch.arange(micro.inputs["input_ids"].shape[1])[None] >= lengths[:, None]
             ours, scores = learner._scored[micro.index]
-            ours = ours.__class__(**{**vars(ours), "ids_BL": ours.ids_BL.masked_fill(is_pad, pad)})
+            ours = replace(ours, inputs={"input_ids": ours.inputs["input_ids"].masked_fill(is_pad, pad)})
             loss = policy_objective(learner.backend.forward, ours, scores, config).loss
             learner.backend.backward(loss, last=False)
             losses.append(loss.detach())

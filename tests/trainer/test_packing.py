@@ -13,7 +13,7 @@ from trainer.batch import pack_step
 from trainer.learner import Learner
 from trainer.micro_batch import NO_SOURCE
 from trainer.objective import policy_objective
-from trainer.packing import QUADRATIC_TOKENS, pack_rows
+from trainer.packing import QUADRATIC_TOKENS, Extent, pack_rows
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -94,11 +94,12 @@ def test_sliding_windows_are_refused():
 )
 @settings(max_examples=200, deadline=None)
 def test_bins_hold_every_row_once_within_the_budget(lengths, max_tokens, ranks):
-    bins = pack_rows(lengths, max_tokens=max_tokens, ranks=ranks)
+    rows = [Extent(length) for length in lengths]
+    bins = pack_rows(rows, max_tokens=max_tokens, ranks=ranks)
     assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
     assert all(sum(lengths[row] for row in rows) <= max_tokens for rows in bins)
     assert len(bins) % ranks == 0
-    assert bins == pack_rows(lengths, max_tokens=max_tokens, ranks=ranks)
+    assert bins == pack_rows(rows, max_tokens=max_tokens, ranks=ranks)
     cost = [sum(lengths[row] + lengths[row] ** 2 / QUADRATIC_TOKENS for row in rows) for rows in bins]
     assert cost == sorted(cost, reverse=True)
     # Longest processing time first: no bin is above the mean by more than its last row, which is not above the largest.
@@ -107,7 +108,7 @@ def test_bins_hold_every_row_once_within_the_budget(lengths, max_tokens, ranks):
 
 def test_the_ranks_of_a_round_have_alike_costs():
     lengths = torch.randint(50, 1000, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    bins = pack_rows(lengths, max_tokens=4096, ranks=8)
+    bins = pack_rows([Extent(length) for length in lengths], max_tokens=4096, ranks=8)
     totals = torch.tensor([sum(lengths[row] for row in rows) for rows in bins]).view(-1, 8)
     assert len(bins) == 8 * -(-sum(lengths) // (4096 * 8))
     assert ((totals.amax(1) - totals.amin(1)) / totals.amax(1)).max() < 0.02
@@ -156,7 +157,7 @@ def test_ranks_share_the_packed_rows(tiny_config, made_up_groups, learner_dir, w
         assert len({len(share) for share in shares}) == 1
         for together in zip(*shares):
             assert len({micro.sources for micro in together}) == 1
-            assert all(len(micro.sources) == 1 and micro.ids_BL.numel() <= 40 for micro in together)
+            assert all(len(micro.sources) == 1 and micro.inputs["input_ids"].numel() <= 40 for micro in together)
         trained = [t for share in shares for micro in share for t in micro.target_T[micro.source_T != NO_SOURCE]]
         assert len(trained) == batches[0].num_tokens
         for batch in batches:
