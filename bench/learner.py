@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "torch padded": {"backend": "torch"},
     "torch packed": {"backend": "torch", "packed": True},
     "torch packed, prompts shared": {"backend": "torch", "packed": True, "share": True},
+    "torch packed, lines shared by 2": {"backend": "torch", "packed": True, "sequence_parallel": 2},
     "torch packed, selective": {"backend": "torch", "packed": True, "recompute": "selective"},
     **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
     "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
@@ -96,13 +97,13 @@ def make_groups(shape: str) -> list[Group]:
 
 def make_config(case: dict[str, Any], shape: str) -> Config:
     """Explorer rows with the sampler as anchor and no KL: an update needs no other forward pass."""
-    longest, cuda = SHAPES[shape][-1], torch.cuda.is_available()
+    longest, cuda, parts = SHAPES[shape][-1], torch.cuda.is_available(), case.get("sequence_parallel", 1)
     settings = LearnerSettings(
         backend=case.get("backend", "torch"), zero_stage=case.get("zero_stage", 0),
         learning_rate=1e-6, warmup_updates=0, lora_rank=case.get("lora_rank", 0),
         dtype="bfloat16" if cuda else "float32", micro_batch_rows=4, gradient_checkpointing=cuda,
-        micro_batch_tokens=4 * longest if case.get("packed") else 0, recompute=case.get("recompute", "full"),
-        share_prompts=case.get("share", False),
+        micro_batch_tokens=4 * longest // parts if case.get("packed") else 0, recompute=case.get("recompute", "full"),
+        share_prompts=case.get("share", False), sequence_parallel=parts,
     )  # fmt: skip
     algorithm = Algorithm(group_size=GROUP, prompts_per_step=ROWS // GROUP, mini_batch_prompts=ROWS // GROUP)
     rollout = Rollout(max_prompt_tokens=longest // 8, max_response_tokens=longest)
@@ -170,8 +171,8 @@ def measure_cases(shape: str, names: Sequence[str], *, ranks: int, rounds: int) 
 def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     """In a process of its own, maybe as one of several ranks: rank 0 prints one JSON object."""
     torch.set_num_threads(1)
-    world = World.join()
     config = make_config(CASES[name], shape)
+    world = World.join(line_size=config.learner.sequence_parallel)
     batch = pack_step(make_groups(shape), config, rank=world.rank, world_size=world.size)
     held: list[Step] = []
     losses: list[float] = []
@@ -217,7 +218,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="1.7b" if torch.cuda.is_available() else "small")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="cases")
+    parser.add_argument("--only", nargs="*", choices=CASES, help="cases (all that the ranks allow)")
     parser.add_argument("--dry", action="store_true", help="tiny, two rounds, nothing recorded")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -227,7 +228,8 @@ def main(arguments: list[str]) -> int:
         run_case(options.child[0], options.shape, Path(options.child[1]), options.rounds)
         return 0
     rows = []
-    for row in measure_cases(options.shape, options.only, ranks=options.ranks, rounds=options.rounds):
+    names = options.only or [n for n in CASES if options.ranks % CASES[n].get("sequence_parallel", 1) == 0]
+    for row in measure_cases(options.shape, names, ranks=options.ranks, rounds=options.rounds):
         rows.append(row)
         print(f"{row['case']}: {row.get('why') or format(row['tokens_per_s'], ',.0f') + ' tokens/s'}", flush=True)
     done = [row for row in rows if "why" not in row]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from core.anneal import Quota, quota_at
+from core.batchcheck import batch_problems, rank_problems
 from core.config import Config, SourceCorrection
 from core.configkeys import ConfigError
 from core.pace import driver_problems
@@ -21,9 +22,9 @@ def check_config(config: Config, world_size: int = 1) -> None:
 
     Reads no file: `check_paths` does.
     """
-    checks = (_schedule, _batches, _learner, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
+    checks = (_schedule, batch_problems, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
-    problems += [*driver_problems(config), *_ranks(config, world_size)]
+    problems += [*driver_problems(config), *rank_problems(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -71,49 +72,6 @@ def _schedule(config: Config) -> Iterator[str]:
             'explorer.processes = 0 with stream.endpoint = "auto": the schedule needs explorer completions and '
             "no explorer could find this run. Use explorer.processes=1, or name an endpoint for explorers started "
             "by hand, such as stream.endpoint=ipc:///tmp/s2lpo.sock"
-        )
-
-
-def _batches(config: Config) -> Iterator[str]:
-    algorithm, micro = config.algorithm, config.learner.micro_batch_rows
-    prompts, mini, size = algorithm.prompts_per_step, algorithm.mini_batch_prompts, algorithm.group_size
-    if prompts % mini:
-        yield (
-            f"algorithm.mini_batch_prompts = {mini} does not divide algorithm.prompts_per_step = {prompts}: "
-            f"use one of {_divisors(prompts)}"
-        )
-    if config.learner.micro_batch_tokens:
-        return
-    if algorithm.mixing == "authors_code":
-        # Its two phases hold G_w or G_s completions per prompt; what divides the prompts divides every phase.
-        if mini % micro:
-            yield (
-                f"learner.micro_batch_rows = {micro} does not divide algorithm.mini_batch_prompts = {mini}, as every "
-                f'phase of mixing = "authors_code" needs: use one of {_divisors(mini)}'
-            )
-    elif mini * size % micro:
-        yield (
-            f"learner.micro_batch_rows = {micro} does not divide the {mini} x {size} = {mini * size} completions of "
-            f"one update (algorithm.mini_batch_prompts x algorithm.group_size): use one of {_divisors(mini * size)}"
-        )
-
-
-def _learner(config: Config) -> Iterator[str]:
-    learner, longest = config.learner, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if 0 < learner.micro_batch_tokens < longest:
-        yield f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold a row: use {longest} or more"
-    stage = {"none": 0, "optimizer": 1, "parameters": 3}[learner.offload]
-    if learner.offload != "none" and (learner.backend != "deepspeed" or learner.zero_stage < stage):
-        yield f'learner.offload = "{learner.offload}": use learner.backend=deepspeed learner.zero_stage={stage} or more'
-
-
-def _ranks(config: Config, world_size: int) -> Iterator[str]:
-    micro, mini = config.learner.micro_batch_rows, config.algorithm.mini_batch_prompts
-    rows = mini if config.algorithm.mixing == "authors_code" else mini * config.algorithm.group_size
-    if world_size > 1 and not config.learner.micro_batch_tokens and rows % (micro * world_size):
-        yield (
-            f"{world_size} trainer ranks x learner.micro_batch_rows = {micro} do not divide the {rows} completions "
-            f"that an update shares out: change one of them"
         )
 
 
@@ -243,8 +201,3 @@ def _missing_paths(config: Config) -> Iterator[str]:
             yield f'{key} = "{file}": no such parquet file'
     if config.stream.keys and not Path(config.stream.keys).is_dir():
         yield f'stream.keys = "{config.stream.keys}": no such directory: make it with python -m rollout.keys'
-
-
-def _divisors(number: int) -> str:
-    found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
-    return ", ".join(found if len(found) <= 12 else [*found[:6], "...", *found[-4:]])

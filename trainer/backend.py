@@ -19,6 +19,7 @@ from trainer.models import DTYPES, load_model, use_liger
 from trainer.objective import Forward
 from trainer.optimizer import Optimizer
 from trainer.recompute import changes_products
+from trainer.sequence_parallel import share_attention
 from trainer.start_weights import StartWeights
 from trainer.world import World
 
@@ -148,7 +149,9 @@ def read_model(directory: Path, settings: LearnerSettings, world: World, key: st
     sharded = settings.backend == "deepspeed" and settings.zero_stage == 3
     device = torch.device("cpu") if sharded else world.device
     model = load_model(directory, dtype=DTYPES[settings.dtype], device=device, key=key)
-    if settings.micro_batch_tokens:
+    if world.line is not None:
+        share_attention(model, world)
+    elif settings.micro_batch_tokens:
         use_packed_attention(model)
     if settings.liger and world.device.type == "cuda":
         use_liger(model, rotary=settings.recompute == "full" or not changes_products(model))

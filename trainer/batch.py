@@ -14,6 +14,7 @@ from core.config import Config, Loss
 from core.schema import Group, ScoredCompletion, Source
 from trainer.micro_batch import SOURCES, MicroBatch, Row, WeightedRow, make_micro_batch, placeholder
 from trainer.packing import Extent, pack_rows
+from trainer.sequence_parallel import part_of
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,27 @@ def _row(group: Group, scored: ScoredCompletion, advantage: float, share: float,
 def _mini_batch(rows: list[Row], config: Config, rank: int, world_size: int, first_index: int) -> MiniBatch:
     """Share the rows out into micro-batches and these to the ranks in turn.
 
-    Every rank gets the same number of micro-batches, since each is a collective under DeepSpeed.
+    Every rank gets the same number of micro-batches, since each is a collective under DeepSpeed. Under
+    learner.sequence_parallel, consecutive ranks get parts of the same ones.
     """
     num_tokens = sum(len(row.tokens) for row in rows)
     weights = token_weights(rows, config.loss, config.rollout.max_response_tokens)
     max_tokens, share = config.learner.micro_batch_tokens, config.learner.share_prompts
     weighted = list(zip(rows, weights))
+    line_size = config.learner.sequence_parallel  # ranks that compute the same rows, a part of the tokens each
+    takers = world_size // line_size
     if max_tokens:
-        parts = _by_tokens(weighted, max_tokens, world_size, share=share)
+        parts = _by_tokens(weighted, max_tokens * line_size, takers, share=share)
     else:
-        parts = _by_rows(weighted, config.learner.micro_batch_rows, world_size)
+        parts = _by_rows(weighted, config.learner.micro_batch_rows, takers)
     micro_batches: list[MicroBatch] = []
-    for start in range(0, len(parts), world_size):
-        peers = parts[start : start + world_size]
+    for start in range(0, len(parts), takers):
+        peers = parts[start : start + takers]
         sources = frozenset(SOURCES[row.source] for row, _ in chain.from_iterable(peers))
-        mine = peers[rank] or [(placeholder(rows[0]), 0.0)]
+        mine = peers[rank // line_size] or [(placeholder(rows[0]), 0.0)]
         index = first_index + len(micro_batches)
-        micro_batches.append(make_micro_batch(mine, sources, index, packed=max_tokens > 0, share=share))
+        micro_batch = make_micro_batch(mine, sources, index, packed=max_tokens > 0, share=share)
+        micro_batches.append(part_of(micro_batch, rank % line_size, line_size) if line_size > 1 else micro_batch)
     return MiniBatch(tuple(micro_batches), num_rows=len(rows), num_tokens=num_tokens)
 
 

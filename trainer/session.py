@@ -110,7 +110,8 @@ class Session:
         config = self.config
         torch.set_num_threads(config.run.threads)
         self.devices = take_gpus(config)
-        self.world = World.join(config.run.device, timeout_s=config.stream.starvation_s + 300)
+        timeout_s, line_size = config.stream.starvation_s + 300, config.learner.sequence_parallel
+        self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
         check_config(config, self.world.size)
         check_paths(config)

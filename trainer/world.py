@@ -18,6 +18,8 @@ import torch.distributed as dist
 class World:
     """This rank among `size` ranks. All ranks make the same calls in the same order.
 
+    `line`: the `line_size` consecutive ranks that share each line of tokens (learner.sequence_parallel).
+
     Example: World(rank=0, size=1, device=torch.device("cpu"))
     """
 
@@ -25,15 +27,25 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # gloo; None in a single process
+    line: dist.ProcessGroup | None = None  # None where every rank has lines of its own
+    line_size: int = 1
 
     @classmethod
-    def join(cls, device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: float = 900.0) -> Self:
+    def join(
+        cls, device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: float = 900.0, line_size: int = 1
+    ) -> Self:
         """Read torchrun's environment and meet the other ranks.
 
         `timeout_s` bounds every collective: it must exceed the longest time rank 0 may wait for a batch
-        (stream.starvation_s). ValueError for a half-set environment, a missing GPU, or more local ranks than GPUs.
+        (stream.starvation_s). ValueError for a half-set environment, a missing GPU, more local ranks than GPUs, or
+        ranks that `line_size` does not divide.
         """
         rank, size, local_rank = _torchrun_environment()
+        if size % line_size:
+            raise ValueError(
+                f"learner.sequence_parallel = {line_size} ranks share a line of tokens, and there are {size}: start "
+                f"{line_size} trainer ranks or a multiple of it (torchrun --nproc-per-node)"
+            )
         torch_device = _choose_device(device, local_rank)
         if size == 1:
             return cls(rank=0, size=1, device=torch_device)
@@ -44,7 +56,8 @@ class World:
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        return cls(rank=rank, size=size, device=torch_device, control=control)
+        line = dist.new_subgroups(line_size, timeout=timeout)[0] if line_size > 1 else None
+        return cls(rank=rank, size=size, device=torch_device, control=control, line=line, line_size=line_size)
 
     @property
     def is_main(self) -> bool:

@@ -127,6 +127,9 @@ def test_activations_by_hand() -> None:
     outputs = 4 * (8 + 4 + 4 + 8 + 16 + 16 + 8 + 8) + 4 * 2
     selective = 3 * 10 * (4 * 8 + outputs) + 10 * layer
     assert activation_bytes(shape, tokens=10, width=4, recompute="selective") == selective
+    # Shared by two ranks: attention's output twice, and keys and values of the one head for both of them.
+    shared = layer + 4 * (8 + 2 * 4)
+    assert activation_bytes(shape, tokens=10, width=4, recompute="none", lines=2) == 3 * 10 * shared
 
 
 def test_what_is_recomputed_moves_the_estimate_and_is_named_where_it_does_not_fit() -> None:

@@ -36,15 +36,24 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = None, words:
     fast.save_pretrained(directory)
 
 
-def write_model(directory: Path, *, seed: int, layers: int = 2, hidden: int = 64, tied: bool = True) -> None:
+def write_model(
+    directory: Path,
+    *,
+    seed: int,
+    layers: int = 2,
+    hidden: int = 64,
+    tied: bool = True,
+    heads: int = 2,
+    kv_heads: int = 2,
+) -> None:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=64,
         tie_word_embeddings=tied,

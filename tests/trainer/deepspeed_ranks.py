@@ -1,4 +1,4 @@
-"""One of the ranks of test_deepspeed_backend.py.
+"""One of the ranks of test_deepspeed_backend.py and test_sequence_parallel.py.
 
     deepspeed_ranks.py MODEL WORK        (RANK, WORLD_SIZE, ... as torchrun sets them)
 
@@ -9,10 +9,12 @@ the job, from its beginning or from a checkpoint, save where it says so, and wri
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from core.config import Config
@@ -50,10 +52,16 @@ def train(learner, groups, world):
     return learner.end_step()
 
 
+def in_lines(world, size):
+    """The same ranks, in lines of `size`, as World.join makes them."""
+    return replace(world, line=dist.new_subgroups(size)[0], line_size=size) if size > 1 else world
+
+
 def run(job, model_dir, work, world, steps):
     out = Path(job["out"])
     deepspeed_backend.PERSISTENT_ELEMENTS = job["persistent"]
     config = msgspec.convert(job["config"], Config)
+    world = in_lines(world, config.learner.sequence_parallel)
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
     model_dir = Path(job["model"] or model_dir)
     learner = Learner.load(config, model_dir=model_dir, explorer_dir=None, world=world, checkpoint=checkpoint)

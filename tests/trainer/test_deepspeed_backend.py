@@ -6,7 +6,6 @@ Three starts of processes do everything (imports take most of their time); the t
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from functools import cached_property
@@ -16,6 +15,7 @@ import msgspec
 import pytest
 import torch
 import vllm_scores
+from ranks import HANG_GUARD_S, REPOSITORY, start_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,8 +30,6 @@ WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 STAGES = (0, 1, 2, 3)
 SAVED, NAN_LOSS, POISONED = 1, 1, 2  # a checkpoint after the first step; the second and third are skipped
 PROGRAM = Path(__file__).with_name("deepspeed_ranks.py")
-REPOSITORY = PROGRAM.parents[2]
-HANG_GUARD_S = 400.0
 SETTINGS = {"learner.learning_rate": 2e-4, "learner.warmup_updates": 2, "learner.max_nonfinite_updates": 9}
 
 
@@ -108,25 +106,7 @@ class Bench:
     def start(self, size, jobs):
         """`size` ranks that do the jobs, to their end."""
         (self.work / f"jobs_{size}.json").write_text(json.dumps(jobs))
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        logs = [self.work / f"rank_{rank}_of_{size}.log" for rank in range(size)]
-        ranks = []
-        for rank, log in enumerate(logs):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
-                "OMP_WAIT_POLICY": "PASSIVE", "TORCH_EXTENSIONS_DIR": str(self.work / "extensions"),
-            }  # fmt: skip
-            command = [sys.executable, str(PROGRAM), str(self.learner_dir), str(self.work)]
-            with log.open("wb") as file:
-                ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-        try:
-            codes = [process.wait(timeout=HANG_GUARD_S) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        assert codes == [0] * size, "\n".join(log.read_text()[-3000:] for log in logs)
+        start_ranks(PROGRAM, [self.learner_dir, self.work], size, self.work)
 
 
 @pytest.fixture

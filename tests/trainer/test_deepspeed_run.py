@@ -10,12 +10,13 @@ from trainer.checkpoint import verify
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_with_parameters_sharded(tmp_path_factory, tmp_path):
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_a_run_of_two_ranks_with_parameters_sharded(tmp_path_factory, tmp_path, sequence_parallel):
     root = tmp_path_factory.getbasetemp()
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     words = arguments(
         root, run_dir, algorithm__steps=2, algorithm__anneal_steps=2, checkpoint__every=1, learner__backend="deepspeed",
-        learner__zero_stage=3, learner__micro_batch_tokens=200,
+        learner__zero_stage=3, learner__micro_batch_tokens=200, learner__sequence_parallel=sequence_parallel,
     )  # fmt: skip
     launcher = (*TORCHRUN, "--nproc-per-node", "2")
     process = run_parts.start(words, log=log, launcher=launcher, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
