@@ -1,8 +1,9 @@
 """What a generation engine is: one protocol for explorers and learner rollouts, for vLLM and for our own engine."""
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -56,3 +57,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine's memory."""
         ...
+
+
+def engine_kind(name: str, device: str) -> Literal["torch", "vllm"]:
+    """What rollout.engine means on cpu or cuda: `auto` is vLLM on a GPU where it is installed, torch otherwise."""
+    if name not in ("auto", "torch", "vllm"):
+        raise ValueError(f"engine {name!r} is not one of auto, torch, vllm")
+    vllm = name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm") is not None)
+    return "vllm" if vllm else "torch"

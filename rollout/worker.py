@@ -7,7 +7,7 @@ the engine or the connection failed; 2: refused, or called wrongly; 130, 143: in
 import argparse
 import ctypes
 import faulthandler
-import importlib.util
+import importlib
 import os
 import secrets
 import signal
@@ -22,7 +22,7 @@ from typing import Any
 from core.schema import Source
 from rollout.courier import Courier, Ended
 from rollout.endpoints import resolve
-from rollout.engine import Engine
+from rollout.engine import Engine, engine_kind
 from rollout.fingerprint import fingerprints
 from rollout.generation import Generator
 from rollout.keys import worker_keys
@@ -37,19 +37,17 @@ _LAST_WORDS_S = 1.0
 def load_engine(name: str, model_dir: Path, *, device: str, dtype: str, **sizes: Any) -> Engine:
     """An engine by name: `torch`, `vllm`, `auto`, or `module:function`, called with (model_dir, device=, dtype=).
 
-    `auto` is vLLM on a GPU where it is installed, and torch otherwise. `sizes` are VllmEngine's, such as memory_share.
+    `sizes` are VllmEngine's, such as memory_share.
     """
     if ":" in name:
         module, _, function = name.partition(":")
         engine: Engine = getattr(importlib.import_module(module), function)(model_dir, device=device, dtype=dtype)
         return engine
-    if name not in ("auto", "torch", "vllm"):
-        raise ValueError(f"engine {name!r} is not one of auto, torch, vllm")
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm")):
+    if engine_kind(name, device) == "vllm":
         from rollout.vllm_engine import VllmEngine
 
         return VllmEngine(model_dir, device=device, dtype=dtype, **sizes)

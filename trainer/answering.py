@@ -9,13 +9,13 @@ from typing import NamedTuple, Self
 import pyarrow as pa
 
 from core.schema import Prompt
-from rollout.engine import Engine
+from rollout.engine import Engine, engine_kind
 from rollout.fingerprint import weights_fingerprint
 from rollout.prompting import held_out, stop_tokens
 from trainer.benchmarks import Benchmark, find_benchmark, load_problems
 from trainer.generations import Generation, Generations, Settings, draw, prompts_fingerprint, write_whole
 from trainer.models import load_tokenizer
-from trainer.penalty import PenalisedSampling, engine_kind, evaluation_engine
+from trainer.penalty import PenalisedSampling, evaluation_engine
 from trainer.verdicts import Verdict, judge
 
 TORCH_ROWS, VLLM_ROWS = 1024, 1 << 20
@@ -51,7 +51,9 @@ class Evaluator:
         self._tokenizer = load_tokenizer(model_dir, key="MODEL")
         self._fingerprint = weights_fingerprint(model_dir)
         self._engine: Engine | None = None
-        self._kind = engine_kind(options.engine, options.device)
+        # As in a run: vLLM takes longer to start than the embedded models take to answer.
+        embedded = options.engine == "auto" and options.model.startswith("embedded:")
+        self._kind = "torch" if embedded else engine_kind(options.engine, options.device)
         self._dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
         self._label = f"{model_dir.resolve().name}-{self._fingerprint[:8]}"
         self.out: Path = options.out or Path("runs") / "evaluations" / self._label / options.mode

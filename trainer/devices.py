@@ -1,6 +1,5 @@
 """This node's GPUs: who gets which (core.placement), told to torch and to workers by CUDA_VISIBLE_DEVICES."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from core.memory import ModelShape, model_shape
 from core.placement import Placement, place, visible_devices
 from core.preflight import preflight
 from core.schema import Source
+from rollout.engine import engine_kind
 
 
 class Devices(NamedTuple):
@@ -65,8 +65,8 @@ def memory_report(
         explorer = _shape(explorer_dir) if explorer_dir is not None else None
     except ValueError as error:
         return [f"memory is not estimated: {error}"]
-    engine, bytes_of = config.engine, _gpu_bytes(placement)
-    vllm = engine == "vllm" or (engine == "auto" and bool(bytes_of) and importlib.util.find_spec("vllm") is not None)
+    bytes_of = _gpu_bytes(placement)
+    vllm = engine_kind(config.engine, "cuda" if bytes_of else "cpu") == "vllm"
     return preflight(config, placement, bytes_of, learner=learner, explorer=explorer, ranks=ranks, vllm=vllm)
 
 

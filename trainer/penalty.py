@@ -3,7 +3,6 @@
 A token's logit is lowered once it has been drawn in the completion; prompt tokens do not count (as in vLLM).
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,14 +34,6 @@ class PenalisedTorchEngine(TorchEngine):
             drawn = torch.from_numpy(rows.tokens[:, :step]).to(logits.device, torch.int64)
             logits = logits - penalty * torch.zeros_like(logits).scatter_(1, drawn, 1.0)
         return super()._draw(logits, rows, step, sampling)
-
-
-def engine_kind(name: str, device: str) -> Literal["torch", "vllm"]:
-    """What `auto` is, as `rollout.worker.load_engine` chooses: vLLM on a GPU where it is installed, torch otherwise."""
-    if name not in ("auto", "torch", "vllm"):
-        raise ValueError(f"engine {name!r} is not one of auto, torch, vllm")
-    vllm = name == "vllm" or (name == "auto" and device == "cuda" and importlib.util.find_spec("vllm") is not None)
-    return "vllm" if vllm else "torch"
 
 
 def evaluation_engine(

@@ -6,9 +6,11 @@ from transformers import AutoModelForCausalLM
 
 import trainer.penalty
 from core.schema import Sampling
-from rollout.engine import Request
+from rollout.engine import Request, engine_kind
 from rollout.torch_engine import TorchEngine
-from trainer.penalty import PenalisedSampling, PenalisedTorchEngine, engine_kind, evaluation_engine
+from trainer.answering import Evaluator
+from trainer.evaluate import parser
+from trainer.penalty import PenalisedSampling, PenalisedTorchEngine, evaluation_engine
 
 
 def drawn(engine: TorchEngine, sampling: Sampling) -> list[list[int]]:
@@ -61,6 +63,16 @@ def test_vllm_gets_it_with_every_request() -> None:
         engine.presence_penalty = penalty
         engine.add_request("0.0", None, type("Params", (), {})())
     assert engine.penalties == inner.penalties == [0.0, 1.5]
+
+
+def test_auto_is_vllm_on_a_gpu_but_not_for_the_embedded_models(
+    learner_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert engine_kind("auto", "cuda") == "vllm"
+    for model, kind in ((str(learner_dir), "vllm"), ("embedded:learner", "torch")):
+        words = [model, "--benchmarks", "countdown", "--device", "cuda", "--out", str(tmp_path)]
+        assert Evaluator(learner_dir, parser().parse_args(words), on_progress=print)._kind == kind
 
 
 def test_auto_is_torch_without_a_gpu(learner_dir: Path) -> None:
