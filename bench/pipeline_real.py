@@ -1,9 +1,10 @@
 """The embedded family, the learner's rollouts in a process of their own: lookahead 1 against lookahead 0.
 
 Plain GRPO, so that one process generates and one trains from the first step to the last. Two cores are used fully where
-both cost the same. They do not by themselves: scoring and training cost three times what generation does. What balances
-them here: log μ of the engine is the anchor (no π_old pass), no KL penalty (no reference pass), packed rows, and leases
-of LEASE_PROMPTS prompts, whose smaller batches generate less efficiently. A round is one seed of prompts and sampling.
+both cost the same, which they do not by themselves. What balances them: log μ of the engine is the anchor (no π_old
+pass), no KL penalty (no reference pass), prompts computed once, and leases of LEASE_PROMPTS prompts, whose smaller
+batches generate less efficiently. With several updates a step, lookahead 0 overlaps too: an update begins when its
+prompts are complete. A round is one seed of prompts and sampling.
 """
 
 import os
@@ -19,16 +20,20 @@ from trainer.family import default_cache_root, embedded_family
 
 LEASE_PROMPTS = 2
 SETTINGS = ["algorithm.anneal_steps=0", "data.eval=", "evaluation.diversity_every=0", "loss.kl_coef=0",
-            "correction.learner.anchor=sampler", "correction.learner.weight=none", "learner.micro_batch_tokens=2048",
-            f"rollout.lease_prompts={LEASE_PROMPTS}"]  # fmt: skip
+            "correction.learner.anchor=sampler", "correction.learner.weight=none",
+            f"rollout.lease_prompts={LEASE_PROMPTS}", "algorithm.prompts_per_step=32"]  # fmt: skip
+UPDATES = (2, 1)  # of a step
 QUARTERS = 4
 
 
 def measure(rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Rounds of both lookaheads in turn, then what they say together."""
+    """For each number of updates a step, rounds of both lookaheads in turn, then what they say together."""
     learner = embedded_family(default_cache_root(), 0).learner
-    rows = [_run(lookahead, seed, steps, learner) for seed in range(rounds) for lookahead in (0, 1)]
-    return [*rows, summary(rows)]
+    found = []
+    for updates in UPDATES:
+        rows = [_run(updates, lookahead, seed, steps, learner) for seed in range(rounds) for lookahead in (0, 1)]
+        found += [*rows, summary(rows)]
+    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     differences = [[b - a for a, b in zip(zero["rewards"], one["rewards"])] for zero, one in pairs]
     by_quarter = list(zip(*differences))
     return {
-        "case": "real, 1 over 0", "rounds": len(pairs),
+        "case": "real, 1 over 0", "updates": rows[0]["updates"], "rounds": len(pairs),
         "speed_up": statistics.median(zero["step_s"] / one["step_s"] for zero, one in pairs),
         "speed_ups": [zero["step_s"] / one["step_s"] for zero, one in pairs],
         "cpu_bound_ratio": statistics.median(
@@ -56,11 +61,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(lookahead: int, seed: int, steps: int, learner: Path) -> dict[str, Any]:
+def _run(updates: int, lookahead: int, seed: int, steps: int, learner: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="s2l-") as folder:
         run = Path(folder) / "run"
         words = [*SETTINGS, f"run.dir={run}", f"run.seed={seed}", f"learner.model={learner}"]
         words += [f"algorithm.steps={steps}", f"checkpoint.every={steps}", f"algorithm.lookahead={lookahead}"]
+        words.append(f"algorithm.mini_batch_prompts={32 // updates}")
 
         def lines() -> list[dict[str, Any]]:
             found = (run / FILE_NAME).exists()
@@ -73,7 +79,7 @@ def _run(lookahead: int, seed: int, steps: int, learner: Path) -> dict[str, Any]
     rewards = [line["reward"] for line in training]
     size = len(rewards) // QUARTERS
     return {
-        "case": "real", "lookahead": lookahead, "round": seed, "steps": steps,
+        "case": "real", "updates": updates, "lookahead": lookahead, "round": seed, "steps": steps,
         "step_s": statistics.median(line["step_time"] for line in steady),
         "wait_s": statistics.median(line["time/wait_for_batch"] for line in steady),
         "train_s": statistics.median(line["time/train"] for line in steady),

@@ -8,7 +8,7 @@ from bench.pipeline_real import summary
 def test_ratios_are_of_pairs_and_rewards_come_with_their_noise():
     def row(lookahead, seed, step_s, rewards):
         return {
-            "lookahead": lookahead, "round": seed, "step_s": step_s, "rewards": rewards,
+            "updates": 2, "lookahead": lookahead, "round": seed, "step_s": step_s, "rewards": rewards,
             "train_cpu_s": 0.5, "generate_cpu_s": 0.25,
         }  # fmt: skip
 
