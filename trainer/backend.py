@@ -150,7 +150,7 @@ def read_model(directory: Path, settings: LearnerSettings, world: World, key: st
     device = torch.device("cpu") if sharded else world.device
     model = load_model(directory, dtype=DTYPES[settings.dtype], device=device, key=key)
     if world.line is not None:
-        share_attention(model, world)
+        share_attention(model, world, key)
     elif settings.micro_batch_tokens:
         use_packed_attention(model)
     if settings.liger and world.device.type == "cuda":

@@ -1,6 +1,7 @@
 """Which rows share a forward pass, where forward passes are filled to a number of tokens instead of rows."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from heapq import heappop, heappush, heapreplace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -96,13 +97,18 @@ def _shared_cost(rows: Sequence[Extent], members: Iterable[int]) -> float:
 def _fill(order: Sequence[_Unit], num_bins: int, max_tokens: int) -> list[list[_Unit]] | None:
     """None where some unit finds no bin with room."""
     bins: list[list[_Unit]] = [[] for _ in range(num_bins)]
-    room, cost = [max_tokens] * num_bins, [0.0] * num_bins
+    room = [max_tokens] * num_bins
+    cheapest = [(0.0, i) for i in range(num_bins)]  # a heap
     for unit in order:
-        candidates = [i for i in range(num_bins) if room[i] >= unit.room]
-        if not candidates:
+        full = []
+        while cheapest and room[cheapest[0][1]] < unit.room:
+            full.append(heappop(cheapest))
+        if not cheapest:
             return None
-        best = min(candidates, key=cost.__getitem__)
+        cost, best = cheapest[0]
         bins[best].append(unit)
         room[best] -= unit.room
-        cost[best] += unit.cost
+        heapreplace(cheapest, (cost + unit.cost, best))
+        for entry in full:
+            heappush(cheapest, entry)
     return bins

@@ -28,8 +28,8 @@ from trainer.world import World
 NAME = "s2lpo_packed_shared"
 
 
-def share_attention(model: PreTrainedModel, world: World) -> None:
-    """Make `model` attend over lines that the ranks of `world.line` share.
+def share_attention(model: PreTrainedModel, world: World, key: str) -> None:
+    """Make `model`, which configuration key `key` names, attend over lines that the ranks of `world.line` share.
 
     ValueError where heads cannot be shared out: query heads must be a multiple of the ranks, key-value heads a multiple
     or a divisor (each is then given to several ranks).
@@ -41,7 +41,7 @@ def share_attention(model: PreTrainedModel, world: World) -> None:
         fitting = [n for n in range(2, world.size + 1) if not heads % n and not (kv_heads % n and n % kv_heads)]
         raise ValueError(
             f"learner.sequence_parallel = {parts} cannot share out {heads} query and {kv_heads} key-value heads of "
-            f"{config.model_type}: use one of {fitting or 'none'} or 1"
+            f"{key}: use one of {fitting or 'none'} or 1"
         )
     assert world.line is not None, "a line of several ranks has a group"
     AttentionInterface.register(NAME, partial(shared_attention, line=world.line, parts=parts))

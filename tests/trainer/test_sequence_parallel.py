@@ -168,8 +168,10 @@ def test_heads_that_cannot_be_shared_out_are_refused(tmp_path, write_tiny_model)
     write_tiny_model(tmp_path, seed=1, heads=4, kv_heads=2)
     model = load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"), key="learner.model")
     world = World(rank=0, size=12, device=torch.device("cpu"), line_size=3)
-    with pytest.raises(ValueError, match=r"sequence_parallel = 3 .* 4 query and 2 key-value heads.*\[2, 4\] or 1"):
-        share_attention(model, world)
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel = 3 .* 4 query and 2 key-value heads of explorer.*\[2, 4\] or 1"
+    ):
+        share_attention(model, world, "explorer.model")
 
 
 def test_ranks_that_do_not_fill_lines_are_refused(monkeypatch):
