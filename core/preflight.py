@@ -139,8 +139,10 @@ def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: 
         options.append("learner.offload=optimizer (with learner.backend=deepspeed)")
     if trains and learner.dtype == "float32":
         options.append("learner.dtype=bfloat16")
-    if trains and not (learner.micro_batch_rows == 1 and not learner.micro_batch_tokens):
-        options.append("a smaller learner.micro_batch_" + ("tokens" if learner.micro_batch_tokens else "rows"))
+    if trains and learner.micro_batch_tokens:
+        options.append("a smaller learner.micro_batch_tokens (for long rows with learner.sequence_parallel)")
+    elif trains and learner.micro_batch_rows > 1:
+        options.append("a smaller learner.micro_batch_rows")
     if trains and generates:
         options.append("GPUs of their own for the engines (placement), or a smaller rollout.memory_share")
     elif generates:

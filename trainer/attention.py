@@ -23,19 +23,33 @@ LONG_ROW = 128
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make `model` attend by `packed_attention`; ValueError for attention that reaches over a sliding window.
+    """Make `model` attend by `packed_attention`.
 
     transformers builds masks only for names it knows, so none is built. Its caches mix the rows: pass use_cache=False.
+    ValueError for attention that reaches over a sliding window, and for models whose attention cannot be replaced.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    layers = getattr(config, "layer_types", None)
+    windowed = layers is None and getattr(config, "sliding_window", None) is not None
+    kinds = {"sliding_attention"} if windowed else set(layers or ()) - {"full_attention"}
     if kinds:
         raise ValueError(
             f"{config.model_type} has {', '.join(sorted(kinds))} layers; packed training knows full attention only: "
             "use learner.micro_batch_tokens=0"
         )
     AttentionInterface.register(NAME, packed_attention)
-    model.set_attn_implementation(NAME)
+    replace_attention(model, NAME)
+
+
+def replace_attention(model: PreTrainedModel, name: str) -> None:
+    """Attend by a registered function; ValueError where the model keeps its own, of which transformers only warns."""
+    model.set_attn_implementation(name)
+    config = model.config.get_text_config()
+    if config._attn_implementation != name:
+        raise ValueError(
+            f"the attention of {config.model_type} cannot be replaced, and its own would let packed rows see each "
+            "other: use learner.micro_batch_tokens=0"
+        )
 
 
 def packed_attention(
@@ -52,7 +66,7 @@ def packed_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     key_index: Tensor | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment to its keys: query [1, H, N, D], key and value [1, G, N, D] to [1, N, H, D].
 
@@ -64,6 +78,8 @@ def packed_attention(
     """
     assert attention_mask is None, "rows are told apart by bounds alone"
     assert dropout == 0, "models train without dropout"
+    if unknown := [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]:
+        raise ValueError(f"packed attention knows no {', '.join(unknown)}: use learner.micro_batch_tokens=0")
     if cu_seq_lens_q is None:
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None

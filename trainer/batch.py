@@ -130,6 +130,7 @@ def _mini_batch(rows: list[Row], config: Config, rank: int, world_size: int, fir
     max_tokens, share = config.learner.micro_batch_tokens, config.learner.share_prompts
     weighted = list(zip(rows, weights))
     line_size = config.learner.sequence_parallel  # ranks that compute the same rows, a part of the tokens each
+    assert world_size % line_size == 0, f"lines of {line_size} ranks and {world_size} ranks"
     takers = world_size // line_size
     if max_tokens:
         parts = _by_tokens(weighted, max_tokens * line_size, takers, share=share)

@@ -55,7 +55,8 @@ def _training(share: float, wait: float, config: Config) -> str:
     text = f"scoring and updates took {share:.0%} of the step, waiting for completions {wait:.0%}; "
     if wait > _WORTH_OVERLAPPING and config.algorithm.lookahead == 0:
         return text + "algorithm.lookahead=1 would generate while training; beyond that, add trainer ranks"
-    return text + "more rollout processes would not help: add trainer ranks, or raise learner.micro_batch_tokens"
+    size = "learner.micro_batch_tokens" if config.learner.micro_batch_tokens else "learner.micro_batch_rows"
+    return text + f"more rollout processes would not help: add trainer ranks, or raise {size}"
 
 
 def _sum(lines: Sequence[Mapping[str, Any]], name: str) -> float:

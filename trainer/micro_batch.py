@@ -44,6 +44,7 @@ WeightedRow = tuple[Row, float]  # with the factor of each of its tokens in the 
 class MicroBatch:
     """Rows of one forward pass of one rank; everything per completion token is packed.
 
+    Under learner.sequence_parallel it is a part of such a line: rows may begin or end elsewhere, or have no token here.
     Token ids are right-padded (padding stands where causal attention never looks, so no attention mask is needed and
     the value of a pad never matters), or packed one row after the other.
     `sources` are those of this forward pass on any rank: all ranks skip the same scoring passes.

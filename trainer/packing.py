@@ -23,9 +23,9 @@ def pack_rows(rows: Sequence[Extent], *, max_tokens: int, ranks: int, share: boo
     falling cost, goes to the cheapest bin that has room), and bins come by falling cost, so that the `ranks` bins of
     one round, which wait for each other, are alike. A unit is one row, of cost L + L² / 24576. With `share`, it is
     2, 4, 8 … neighbours of one family, which cost their prompt once: the number that makes the rounds shortest in all,
-    since larger units spare more and balance worse. A bin's tokens are always those of its rows by themselves, for
-    which memory then suffices. The same rows always give the same bins; bins are empty where there are fewer units than
-    ranks.
+    since larger units spare more and balance worse, of those that need no more rounds than single rows. A bin's tokens
+    are always those of its rows by themselves, for which memory then suffices. The same rows always give the same bins;
+    bins are empty where there are fewer units than ranks.
 
     Example: pack_rows([Extent(5), Extent(3), Extent(3), Extent(2)], max_tokens=8, ranks=2) == [[0, 3], [1, 2]]
 
@@ -34,11 +34,16 @@ def pack_rows(rows: Sequence[Extent], *, max_tokens: int, ranks: int, share: boo
     longest = max(row.length for row in rows)
     assert longest <= max_tokens, f"a row of {longest} tokens does not fit into {max_tokens}"
     families = [list(members) for _, members in groupby(range(len(rows)), key=lambda i: rows[i].family)]
-    sizes = [1]
-    while share and sizes[-1] < max(map(len, families)):
-        sizes.append(2 * sizes[-1])
-    layouts = [_layout(rows, families, size, max_tokens, ranks, share=share) for size in reversed(sizes)]
-    return min(layouts, key=lambda layout: layout.time).bins
+    rounds = -(-sum(row.length for row in rows) // (max_tokens * ranks))
+    while (best := _layout(rows, families, 1, max_tokens, rounds, ranks, share=share)) is None:
+        rounds += 1
+    size = 1
+    while share and size < max(map(len, families)):
+        size *= 2
+        layout = _layout(rows, families, size, max_tokens, rounds, ranks, share=True)
+        if layout is not None and layout.time <= best.time:
+            best = layout
+    return best.bins
 
 
 class _Unit(NamedTuple):
@@ -55,17 +60,26 @@ class _Layout(NamedTuple):
 
 
 def _layout(
-    rows: Sequence[Extent], families: Sequence[list[int]], size: int, max_tokens: int, ranks: int, *, share: bool
-) -> _Layout:
+    rows: Sequence[Extent],
+    families: Sequence[list[int]],
+    size: int,
+    max_tokens: int,
+    rounds: int,
+    ranks: int,
+    *,
+    share: bool,
+) -> _Layout | None:
+    """None where units of `size` rows do not fit into so many rounds."""
+
     def cost(members: Sequence[int]) -> float:
         return _shared_cost(rows, members) if share else sum(_cost(rows[i].length) for i in members)
 
     pieces = [piece for members in families for piece in _pieces(rows, members, size, max_tokens)]
     units = [_Unit(piece, sum(rows[i].length for i in piece), cost(piece)) for piece in pieces]
     units.sort(key=lambda unit: -unit.cost)  # stable: equal units keep their order
-    rounds = -(-sum(row.length for row in rows) // (max_tokens * ranks))
-    while (filled := _fill(units, rounds * ranks, max_tokens)) is None:
-        rounds += 1
+    filled = _fill(units, rounds * ranks, max_tokens)
+    if filled is None:
+        return None
     bins = sorted((sorted(row for unit in members for row in unit.rows) for members in filled), key=cost, reverse=True)
     return _Layout(sum(map(cost, bins[::ranks])), bins)
 

@@ -2,7 +2,7 @@
 
     a rank's tokens, all heads ── all-to-all ── all tokens, a rank's heads ── attention ── all-to-all ── its tokens
 
-Everything but attention works on tokens one by one, so activations and the head's logits take 1/N of the memory.
+Everything but attention works on tokens one by one, so a line takes 1/P of its activations and logits on each rank.
 Values and gradients are those of one rank with the whole line.
 
 Shape suffixes: P ranks of a line, N tokens of the line and n = N/P of a part, H query and G key-value heads of size D.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
-from trainer.attention import packed_attention, use_packed_attention
+from trainer.attention import packed_attention, replace_attention, use_packed_attention
 from trainer.micro_batch import NO_SOURCE, MicroBatch
 from trainer.world import World
 
@@ -36,16 +36,21 @@ def share_attention(model: PreTrainedModel, world: World, key: str) -> None:
     """
     use_packed_attention(model)
     config, parts = model.config.get_text_config(), world.line_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % parts or (kv_heads % parts and parts % kv_heads):
-        fitting = [n for n in range(2, world.size + 1) if not heads % n and not (kv_heads % n and n % kv_heads)]
+        fitting = [
+            n
+            for n in range(2, world.size + 1)
+            if not world.size % n and not heads % n and not (kv_heads % n and n % kv_heads)
+        ]
         raise ValueError(
             f"learner.sequence_parallel = {parts} cannot share out {heads} query and {kv_heads} key-value heads of "
             f"{key}: use one of {fitting or 'none'} or 1"
         )
     assert world.line is not None, "a line of several ranks has a group"
     AttentionInterface.register(NAME, partial(shared_attention, line=world.line, parts=parts))
-    model.set_attn_implementation(NAME)
+    replace_attention(model, NAME)
 
 
 def shared_attention(

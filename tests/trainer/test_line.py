@@ -165,6 +165,7 @@ def test_sharing_never_takes_longer_nor_more_memory(families, max_tokens, ranks)
     assert all(sum(rows[i].length for i in members) <= max_tokens for members in bins)
     assert len(bins) % ranks == 0
     alone = pack_rows(rows, max_tokens=max_tokens, ranks=ranks)
+    assert len(bins) == len(alone)
     assert time_of(bins, rows, ranks) <= time_of(alone, rows, ranks) + 1e-9
 
 

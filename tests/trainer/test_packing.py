@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from core.configcheck import check_config
 from core.configkeys import ConfigError
@@ -85,6 +94,21 @@ def test_sliding_windows_are_refused():
     config = Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(ValueError, match=r"sliding_attention layers.*micro_batch_tokens=0"):
         use_packed_attention(Qwen3ForCausalLM(config))
+
+
+def test_a_window_that_only_the_config_names_is_refused():
+    torch.manual_seed(0)
+    config = MistralConfig(**SHAPE, sliding_window=8)
+    with pytest.raises(ValueError, match=r"sliding_attention layers.*micro_batch_tokens=0"):
+        use_packed_attention(MistralForCausalLM(config))
+    use_packed_attention(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)))
+
+
+def test_a_model_that_keeps_its_own_attention_is_refused():
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match=r"attention of bloom cannot be replaced.*micro_batch_tokens=0"):
+        use_packed_attention(BloomForCausalLM(config))
 
 
 @given(
