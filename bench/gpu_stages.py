@@ -79,7 +79,7 @@ def attention_errors(device: str) -> list[dict[str, Any]]:
         leaves = [t.detach().to(kind, copy=True).requires_grad_() for t in (query, key, value)]
         out = attend(*leaves)
         out.backward(upstream.to(kind).transpose(1, 2))
-        return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention.packed_attention(torch.nn.Module(), q, k, v, None, **inputs)[0]
@@ -100,10 +100,7 @@ def attention_errors(device: str) -> list[dict[str, Any]]:
     names = ("out", "d_query", "d_key", "d_value")
     return [
         {"case": case, "dtype": str(dtype)[6:]}
-        | {
-            n: float((a.detach().double() - b.detach()).norm() / b.detach().norm())
-            for n, a, b in zip(names, run(attend, dtype), truth)
-        }
+        | {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, run(attend, dtype), truth)}
         for case, attend in (("packed", packed), ("SDPA row by row", one_by_one))
     ]
 

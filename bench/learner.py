@@ -136,9 +136,10 @@ def plain_step(config: Config, directory: Path, batch: StepBatch, world: World) 
     def step() -> float:
         total = 0.0
         for micro in micro_batches:
-            logits = model(input_ids=micro.inputs["input_ids"], use_cache=False).logits[:, :-1]
-            selected = logits.gather(-1, micro.inputs["input_ids"][:, 1:, None])[..., 0] - logits.logsumexp(-1)
-            width = micro.inputs["input_ids"].shape[1]  # of padded states, less the last of each row
+            ids = micro.inputs["input_ids"]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            selected = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+            width = ids.shape[1]  # of padded states, less the last of each row
             logprob = selected.flatten()[micro.state_T - micro.state_T // width]
             ratio = (logprob.float() - micro.sampler_T).exp()
             clipped = ratio.clamp(0.8, 1.2)

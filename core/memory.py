@@ -114,8 +114,8 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
         live = min(DEEPSPEED_LIVE, count) * width if stage == 3 else 0
         parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, trained) * (width + 4) + live
     recompute = settings.recompute if settings.gradient_checkpointing else "none"
-    lines = settings.sequence_parallel
-    parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute, lines)
+    sharers = settings.sequence_parallel
+    parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute, sharers)
     parts["head"] = head_bytes(learner, tokens_per_pass(config), width, frozen=settings.lora_rank > 0)
     parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
     return {name: size for name, size in parts.items() if size}
@@ -157,19 +157,19 @@ def tokens_per_pass(config: Config) -> int:
 
 
 def activation_bytes(
-    shape: ModelShape, tokens: int, width: int, recompute: Literal["none", "selective", "full"], lines: int = 1
+    shape: ModelShape, tokens: int, width: int, recompute: Literal["none", "selective", "full"], sharers: int = 1
 ) -> int:
     """What backward keeps of one micro-batch: per layer the inputs of its products and norms, fp32 inside norms.
 
     With checkpointing, the input of every layer and everything of one; selective, the outputs of every layer's
-    products and attention too. Attention keeps no [T, T] matrix. Where `lines` ranks share a line, attention keeps an
+    products and attention too. Attention keeps no [T, T] matrix. Where `sharers` ranks share a line, attention keeps an
     output of its own, and each key-value head is there for every rank that uses it.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * (4 + width) * shape.hidden + ((4 + width) * (queries + keys) if shape.qk_norm else 0)
     attention = width * (3 * queries + 3 * keys) + 4 * shape.heads
-    if lines > 1:
-        attention += width * (queries + 2 * max(0, lines - shape.kv_heads) * shape.head_dim)
+    if sharers > 1:
+        attention += width * (queries + 2 * max(0, sharers - shape.kv_heads) * shape.head_dim)
     mlp = width * (4 * shape.intermediate + 2 * shape.hidden)
     layer = norms + attention + mlp
     if recompute == "none":

@@ -129,7 +129,7 @@ def test_activations_by_hand() -> None:
     assert activation_bytes(shape, tokens=10, width=4, recompute="selective") == selective
     # Shared by two ranks: attention's output twice, and keys and values of the one head for both of them.
     shared = layer + 4 * (8 + 2 * 4)
-    assert activation_bytes(shape, tokens=10, width=4, recompute="none", lines=2) == 3 * 10 * shared
+    assert activation_bytes(shape, tokens=10, width=4, recompute="none", sharers=2) == 3 * 10 * shared
 
 
 def test_what_is_recomputed_moves_the_estimate_and_is_named_where_it_does_not_fit() -> None:

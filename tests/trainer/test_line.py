@@ -11,7 +11,6 @@ from trainer.attention import use_packed_attention
 from trainer.batch import pack_step
 from trainer.learner import Learner
 from trainer.line import lay_out
-from trainer.objective import policy_objective
 from trainer.packing import QUADRATIC_TOKENS, Extent, pack_rows
 from trainer.world import World
 
@@ -132,22 +131,6 @@ def test_ratios_on_policy_are_exactly_one(tiny_config, made_up_groups, learner_d
     learner.update(batch.mini_batches[0])
     metrics = learner.end_step()
     assert metrics["explorer/ratio_max"] == metrics["learner/ratio_max"] == 1.0
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_out_rows_that_share_prompts(tiny_config, made_up_groups, learner_dir, world_size):
-    config = tiny_config({"learner.micro_batch_tokens": 120})
-    groups, gradients = made_up_groups(prompts=2, explorer=2, learner=6), []
-    for size in (1, world_size):
-        learner = load(config, learner_dir)
-        batches = [pack_step(groups, config, rank=rank, world_size=size) for rank in range(size)]
-        for batch in batches:
-            learner.begin_step(batch)
-            for micro in batch.mini_batches[0].micro_batches:
-                outcome = policy_objective(learner.backend.forward, *learner._scored[micro.index], config)
-                learner.backend.backward(outcome.loss, last=False)
-        gradients.append(learner.backend.optimizer.gradient.clone())
-    assert close(gradients[1], gradients[0], 1e-6)
 
 
 @given(

@@ -171,9 +171,12 @@ def test_packed_ratios_on_policy_are_exactly_one(tiny_config, made_up_groups, le
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_packed_rows(tiny_config, made_up_groups, learner_dir, world_size):
-    config = tiny_config({"learner.micro_batch_tokens": 40})
-    groups, gradients = made_up_groups(prompts=2, explorer=1, learner=2), []
+@pytest.mark.parametrize(("tokens", "explorer", "learner_rows"), [(40, 1, 2), (120, 2, 6)])
+def test_ranks_share_the_packed_rows(
+    tiny_config, made_up_groups, learner_dir, world_size, tokens, explorer, learner_rows
+):
+    config = tiny_config({"learner.micro_batch_tokens": tokens})
+    groups, gradients = made_up_groups(prompts=2, explorer=explorer, learner=learner_rows), []
     for size in (1, world_size):
         learner = load(config, learner_dir)
         batches = [pack_step(groups, config, rank=rank, world_size=size) for rank in range(size)]
@@ -181,7 +184,7 @@ def test_ranks_share_the_packed_rows(tiny_config, made_up_groups, learner_dir, w
         assert len({len(share) for share in shares}) == 1
         for together in zip(*shares):
             assert len({micro.sources for micro in together}) == 1
-            assert all(len(micro.sources) == 1 and micro.inputs["input_ids"].numel() <= 40 for micro in together)
+            assert all(len(micro.sources) == 1 and micro.inputs["input_ids"].numel() <= tokens for micro in together)
         trained = [t for share in shares for micro in share for t in micro.target_T[micro.source_T != NO_SOURCE]]
         assert len(trained) == batches[0].num_tokens
         for batch in batches:
