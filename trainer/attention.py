@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -109,8 +110,14 @@ class Segments(NamedTuple):
 
 def _kernel(query: Tensor, longest: int) -> Callable[..., Tensor]:
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash if importlib.util.find_spec("flash_attn") else _varlen
+        return _flash if _has_flash_attn() else _varlen
     return _padded if longest < LONG_ROW else _one_by_one
+
+
+@cache
+def _has_flash_attn() -> bool:
+    """Looked up once: it searches directories, and every layer asks."""
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from decoders import FAMILIES, SHAPE, build, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.attention import use_packed_attention
 from trainer.batch import pack_step
@@ -15,11 +15,6 @@ from trainer.packing import QUADRATIC_TOKENS, Extent, pack_rows
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
-SHAPE = {
-    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
-}  # fmt: skip
-FAMILIES = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}
 # Lengths of a prompt and of its completions, prompt by prompt.
 CASES = {
     "one prompt": [(5, [3, 1, 7])],
@@ -27,12 +22,6 @@ CASES = {
     "nothing to share": [(4, [3]), (1, [2, 5])],
     "long rows": [(140, [3, 20]), (2, [150, 1])],
 }
-
-
-def build(family, dtype):
-    torch.manual_seed(4)
-    model_class, config_class = FAMILIES[family]
-    return model_class(config_class(**SHAPE)).eval().to(dtype)
 
 
 def make_rows(case):
@@ -180,10 +169,6 @@ def time_of(bins, rows, ranks):
 
     costs = sorted(map(total, bins), reverse=True)
     return sum(costs[::ranks])
-
-
-def close(found, expected, tolerance):
-    return (found - expected).norm() <= tolerance * expected.norm()
 
 
 def load(config, learner_dir):

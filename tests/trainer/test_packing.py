@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from decoders import FAMILIES, SHAPE, build, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -26,17 +25,6 @@ from trainer.packing import QUADRATIC_TOKENS, Extent, pack_rows
 from trainer.world import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
-SHAPE = {
-    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-}  # fmt: skip
-FAMILIES = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}
-
-
-def build(family):
-    torch.manual_seed(4)
-    model_class, config_class = FAMILIES[family]
-    return model_class(config_class(**SHAPE)).eval()
 
 
 def one_line(lengths):
@@ -53,10 +41,6 @@ def one_line(lengths):
     return rows, inputs
 
 
-def close(found, expected, tolerance):
-    return (found - expected).norm() <= tolerance * expected.norm()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [(7, 1, 12, 2, 1), (1, 1, 1), (9,), (30, 2), (140, 1, 3)])
 @pytest.mark.parametrize(
@@ -64,7 +48,7 @@ def close(found, expected, tolerance):
     [(torch.float32, False, 1e-6), (torch.float32, True, 1e-6), (torch.float64, False, 1e-12)],
 )
 def test_packed_rows_are_rows_by_themselves(family, lengths, dtype, checkpointing, tolerance):
-    alone, packed = build(family).to(dtype), build(family).to(dtype)
+    alone, packed = build(family, dtype), build(family, dtype)
     use_packed_attention(packed)
     if checkpointing:
         packed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
