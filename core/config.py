@@ -103,6 +103,7 @@ class Learner(Section, frozen=True, kw_only=True):
     liger: Annotated[bool, Meta(description="On a GPU, Liger's RMSNorm, rotary embedding and SwiGLU, where it is installed and knows the model.")] = True
     micro_batch_tokens: Annotated[int, Meta(description="Tokens (prompts and completions) per forward pass and rank, packed without padding; 0 pads rows and counts them by micro_batch_rows.", ge=0)] = 8192
     share_prompts: Annotated[bool, Meta(description="Packed rows of one prompt compute its tokens once (the updates are equal up to rounding).")] = True
+    skip_zero_gradient: Annotated[bool, Meta(description="Leave rows out whose gradient is exactly 0, such as those of groups with equal rewards that no KL penalty reaches: the updates are equal up to rounding, and the metrics of updates are those of the other rows.")] = True
     sequence_parallel: Annotated[int, Meta(description="Ranks that share each packed line of tokens (DeepSpeed-Ulysses: each holds a part of the tokens, and in attention a part of the heads), for rows longer than one rank can hold; micro_batch_tokens counts each rank's part.", ge=1)] = 1
     gradient_checkpointing: Annotated[bool, Meta(description="Recompute activations in the backward pass.")] = False
     recompute: Annotated[Literal["full", "selective"], Meta(description="What gradient checkpointing computes twice: every layer in full (least memory), or all but its matrix products and attention, whose outputs are kept.")] = "full"

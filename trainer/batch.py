@@ -96,6 +96,16 @@ def token_weights(rows: Sequence[Row], loss: Loss, max_response_tokens: int) -> 
     return [weight if row.in_loss else 0.0 for weight, row in zip(weights, rows)]
 
 
+def has_gradient(row: Row, weight: float, loss: Loss) -> bool:
+    """False where each term of the row's loss has a gradient of exactly 0: it counts in the update, and needs no pass.
+
+    The clipped loss needs an advantage, which groups of equal rewards have not; the KL penalty reaches the rows that
+    loss.kl_rows names, the entropy bonus all. A row that left the loss (weight 0) has none of them.
+    """
+    penalised = loss.kl_coef > 0 and (loss.kl_rows == "all" or SOURCES[row.source] is Source.LEARNER)
+    return weight != 0 and (row.advantage != 0 or penalised or loss.entropy_coef > 0)
+
+
 def _rows(group: Group, config: Config) -> list[Row]:
     share = sum(row.completion.key.source is Source.EXPLORER for row in group.rows) / len(group.rows)
     return [_row(group, row, advantage, share, config) for row, advantage in zip(group.rows, group.advantages)]
@@ -128,11 +138,14 @@ def _mini_batch(rows: list[Row], config: Config, rank: int, world_size: int, fir
     num_tokens = sum(len(row.tokens) for row in rows)
     weights = token_weights(rows, config.loss, config.rollout.max_response_tokens)
     max_tokens, share = config.learner.micro_batch_tokens, config.learner.share_prompts
-    weighted = list(zip(rows, weights))
+    every = not config.learner.skip_zero_gradient
+    weighted = [(row, weight) for row, weight in zip(rows, weights) if every or has_gradient(row, weight, config.loss)]
     line_size = config.learner.sequence_parallel  # ranks that compute the same rows, a part of the tokens each
     assert world_size % line_size == 0, f"lines of {line_size} ranks and {world_size} ranks"
     takers = world_size // line_size
-    if max_tokens:
+    if not weighted:
+        parts = [list[WeightedRow]() for _ in range(takers)]  # it stays an update: momentum moves the weights
+    elif max_tokens:
         parts = _by_tokens(weighted, max_tokens * line_size, takers, share=share)
     else:
         parts = _by_rows(weighted, config.learner.micro_batch_rows, takers)

@@ -143,7 +143,7 @@ class Learner:
         if math.isfinite(loss) and math.isfinite(norm):
             self._skipped_in_a_row = 0
             metrics |= overall_metrics(sums)
-            self._tally.add(sums, maxima, first_visit=first_visit)
+            self._tally.add(sums, maxima, first_visit=first_visit, num_tokens=mini_batch.num_tokens)
             self._updates.append(metrics)
         else:
             self._skip(loss, norm)

@@ -5,7 +5,7 @@ are fp64 tensors on the device until one copy per update; after that, numpy.
 
 Two passes give different numbers, so they are kept apart: clipping and KL are means over all updates; weights, ESS
 and KL to the sampler are those of the first visit to each row; the ratio is that of the first update that holds the
-source.
+source. Rows that are not computed (learner.skip_zero_gradient) count in none of them but `tokens/computed`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from trainer.micro_batch import SOURCES, MicroBatch
 from trainer.objective import Outcome, Scores, scored_by_learner
 
 SUMS = (
-    "tokens",  # of all rows
+    "tokens",  # of all rows that were computed
     "live",  # of rows in the loss
     "ratio",
     "low",
@@ -93,12 +93,15 @@ class Tally:
         shape, maxima_shape = (len(SOURCES), len(SUMS)), (len(SOURCES), len(MAXIMA))
         self.every_update, self.first_visit, self.first_update = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self.first_visit_maxima, self.first_update_maxima = np.zeros(maxima_shape), np.zeros(maxima_shape)
+        self.num_tokens = 0
 
-    def add(self, sums: np.ndarray, maxima: np.ndarray, *, first_visit: bool) -> None:
-        """Count one update; `first_visit` where its mini-batch trains for the first time in this step."""
+    def add(self, sums: np.ndarray, maxima: np.ndarray, *, first_visit: bool, num_tokens: int) -> None:
+        """Count one update of `num_tokens` completion tokens, computed or not; `first_visit` where its mini-batch
+        trains for the first time in this step."""
         self.every_update += sums
         if not first_visit:
             return
+        self.num_tokens += num_tokens
         unseen = self.first_update[:, SUMS.index("tokens")] == 0
         self.first_update[unseen], self.first_update_maxima[unseen] = sums[unseen], maxima[unseen]
         self.first_visit += sums
@@ -106,7 +109,8 @@ class Tally:
 
     def metrics(self) -> dict[str, float]:
         """The step's numbers by the names of metrics.jsonl; a source without rows has none."""
-        metrics = overall_metrics(self.every_update)
+        computed = self.first_visit[:, SUMS.index("tokens")].sum()
+        metrics = overall_metrics(self.every_update) | {"tokens/computed": _mean(computed, self.num_tokens)}
         for position, source in enumerate(SOURCES):
             every, first, ratio = (
                 dict(zip(SUMS, table[position])) for table in (self.every_update, self.first_visit, self.first_update)

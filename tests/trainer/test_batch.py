@@ -90,6 +90,7 @@ def test_rows_that_leave_the_loss_keep_the_others_weights(tiny_config):
         {
             "algorithm.group_size": 3,
             "learner.micro_batch_rows": 3,
+            "learner.skip_zero_gradient": False,
             "loss.overlong": "mask",
             "correction.explorer_negatives": "drop",
         }
@@ -101,7 +102,12 @@ def test_rows_that_leave_the_loss_keep_the_others_weights(tiny_config):
 def test_dropping_negatives_spares_learner_rows_and_positive_explorer_rows(tiny_config):
     rows = [row(Source.EXPLORER, 0, [7]), row(Source.EXPLORER, 1, [8]), row(Source.LEARNER, 0, [9])]
     config = tiny_config(
-        {"algorithm.group_size": 3, "learner.micro_batch_rows": 3, "correction.explorer_negatives": "drop"}
+        {
+            "algorithm.group_size": 3,
+            "learner.micro_batch_rows": 3,
+            "learner.skip_zero_gradient": False,
+            "correction.explorer_negatives": "drop",
+        }
     )
     (micro,) = pack_step([group((5,), rows, (1.0, -1.0, -1.0))], config).mini_batches[0].micro_batches
     assert dict(zip(micro.target_T.tolist(), (micro.token_weight_T > 0).tolist())) == {7: True, 8: False, 9: True}
@@ -110,13 +116,55 @@ def test_dropping_negatives_spares_learner_rows_and_positive_explorer_rows(tiny_
 @pytest.mark.parametrize(("overlong", "weight"), [("keep", 1 / 13), ("mask", 0.0)])
 def test_a_completion_above_the_limit_is_cut_and_counts_as_truncated(tiny_config, overlong, weight):
     long = row(Source.EXPLORER, 0, list(range(2, 22)))
-    config = tiny_config({"algorithm.group_size": 2, "learner.micro_batch_rows": 2, "loss.overlong": overlong})
+    config = tiny_config(
+        {
+            "algorithm.group_size": 2,
+            "learner.micro_batch_rows": 2,
+            "learner.skip_zero_gradient": False,
+            "loss.overlong": overlong,
+        }
+    )
     (micro,) = (
         pack_step([group((5,), [long, row(Source.LEARNER, 0, [9])], (1.0, -1.0))], config).mini_batches[0].micro_batches
     )
     assert micro.target_T.tolist() == [*range(2, 14), 9]
     assert micro.sampler_T[:12].tolist() == pytest.approx([-0.5 * (i + 1) for i in range(12)])
     assert micro.token_weight_T.tolist() == pytest.approx([weight] * 12 + [1 / 13])
+
+
+@pytest.mark.parametrize(
+    ("loss", "explorer", "learner"),
+    [
+        ({"loss.kl_coef": 0.0}, False, False),
+        ({"loss.kl_coef": 1e-3}, False, True),
+        ({"loss.kl_coef": 1e-3, "loss.kl_rows": "all"}, True, True),
+        ({"loss.kl_coef": 0.0, "loss.entropy_coef": 1e-3}, True, True),
+        ({"loss.kl_coef": 0.0, "learner.skip_zero_gradient": False}, True, True),
+    ],
+)
+@pytest.mark.parametrize("packed", [0, 64])
+def test_rows_without_a_gradient_are_not_computed_and_count(tiny_config, loss, explorer, learner, packed):
+    config = tiny_config({"algorithm.group_size": 2, "learner.micro_batch_tokens": packed, **loss})
+    equal = group((5,), [row(Source.EXPLORER, 0, [7, 7]), row(Source.LEARNER, 0, [8, 8])], (0.0, 0.0))
+    differ = group((6,), [row(Source.EXPLORER, 0, [9, 9]), row(Source.LEARNER, 0, [10, 10])], (-1.0, 1.0), slot=1)
+    (mini,) = pack_step([equal, differ], config).mini_batches
+    computed = {token for micro in mini.micro_batches for token in micro.target_T.tolist()}
+    assert computed == {9, 10} | ({7} if explorer else set()) | ({8} if learner else set())
+    assert (mini.num_rows, mini.num_tokens) == (4, 8)
+    weights = [weight for micro in mini.micro_batches for weight in micro.token_weight_T.tolist()]
+    assert weights == pytest.approx([1 / 8] * len(weights))
+
+
+@pytest.mark.parametrize("packed", [0, 64])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_update_without_a_gradient_stays_an_update(tiny_config, packed, world_size):
+    config = tiny_config({"algorithm.group_size": 1, "learner.micro_batch_tokens": packed, "loss.kl_coef": 0.0})
+    equal = group((5,), [row(Source.LEARNER, 0, [8, 9])], (0.0,))
+    for rank in range(world_size):
+        (mini,) = pack_step([equal], config, rank=rank, world_size=world_size).mini_batches
+        (micro,) = mini.micro_batches
+        assert (micro.source_T.tolist(), micro.token_weight_T.tolist(), micro.sources) == ([NO_SOURCE], [0.0], set())
+        assert (mini.num_rows, mini.num_tokens) == (1, 2)
 
 
 def test_mini_batches_follow_prompt_order(tiny_config, made_up_groups):

@@ -102,6 +102,52 @@ def test_a_step_that_trains_part_by_part_makes_the_same_updates(
     assert same_bits(whole, parts)
 
 
+def with_equal_rewards(groups, slots):
+    """The same groups, some of them without an advantage."""
+    return [
+        msgspec.structs.replace(group, advantages=(0.0,) * len(group.rows)) if group.slot in slots else group
+        for group in groups
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "computed"),
+    [
+        ({"loss.kl_coef": 0.0}, "live"),
+        ({"loss.kl_coef": 0.0, "learner.micro_batch_tokens": 60}, "live"),
+        ({"loss.kl_coef": 0.0, "learner.micro_batch_tokens": 60, "loss.ratio": "sequence"}, "live"),
+        ({"loss.kl_coef": 0.1, "learner.micro_batch_tokens": 60}, "learner"),
+        ({"loss.kl_coef": 0.1, "loss.kl_rows": "all"}, "all"),
+    ],
+)
+def test_rows_without_a_gradient_are_left_out_of_the_same_updates(
+    tiny_config, made_up_groups, learner_dir, overrides, computed
+):
+    def trained(skip):
+        config = tiny_config({"learner.learning_rate": 1e-4, "learner.skip_zero_gradient": skip, **overrides})
+        learner = load(config, learner_dir)
+        # Of the second step's two updates, the second has no gradient but the penalty's: momentum moves it.
+        for seed, slots in ((1, {0, 3}), (2, {2, 3})):
+            groups = with_equal_rewards(made_up_groups(seed=seed), slots)
+            metrics = train_step(learner, groups)
+        return learner, groups, metrics
+
+    (every, groups, whole), (some, _, metrics) = trained(skip=False), trained(skip=True)
+    for a, b in zip(every.model.parameters(), some.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    rows = [(group, row) for group in groups for row in group.rows]
+    kept = {
+        "live": [row for group, row in rows if any(group.advantages)],
+        "learner": [r for group, r in rows if any(group.advantages) or r.completion.key.source is Source.LEARNER],
+        "all": [row for _, row in rows],
+    }[computed]
+    lengths = [sum(len(row.completion.tokens) for row in part) for part in (kept, [row for _, row in rows])]
+    assert metrics["tokens/computed"] == pytest.approx(lengths[0] / lengths[1])
+    assert whole["tokens/computed"] == 1.0
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -189,10 +235,13 @@ def test_mixture_scores_the_explorer_on_learner_rows(tiny_config, made_up_groups
         torch.testing.assert_close(scores.is_weight_T, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_two_ranks_make_the_update_of_one(tiny_config, made_up_groups, learner_dir, run_ranks, tmp_path):
-    config = tiny_config({"learner.learning_rate": 2e-4, "algorithm.epochs": 2})
-    # The third step's loss is NaN in a row that only one rank holds: both skip its updates.
+@pytest.mark.parametrize("kl_coef", [0.0, 1e-3])
+def test_two_ranks_make_the_update_of_one(kl_coef, tiny_config, made_up_groups, learner_dir, run_ranks, tmp_path):
+    config = tiny_config({"learner.learning_rate": 2e-4, "algorithm.epochs": 2, "loss.kl_coef": kl_coef})
+    # The second step has an update without advantages; the third's loss is NaN in a row that only one rank holds: both
+    # skip its updates.
     steps = [made_up_groups(seed=seed, explorer=1, learner=3) for seed in (1, 2)]
+    steps[1] = with_equal_rewards(steps[1], {0, 1, 2})
     steps.append(spoil(made_up_groups(prompts=2, seed=3)))
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
     (tmp_path / "groups.msgpack").write_bytes(msgspec.msgpack.encode(steps))

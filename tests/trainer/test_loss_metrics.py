@@ -65,7 +65,7 @@ def measured():
 
 def test_one_update_by_hand():
     tally = Tally()
-    tally.add(*measured(), first_visit=True)
+    tally.add(*measured(), first_visit=True, num_tokens=10)
     metrics = tally.metrics()
     explorer = [n - m for n, m in zip(NOW[:2], MU[:2])]
     learner = [o - m for o, m in zip(OLD[2:], MU[2:])]
@@ -92,6 +92,7 @@ def test_one_update_by_hand():
         "entropy": 0.3,
         "sampling/sampling_logp_difference/mean": 1.5 / 3,
         "sampling/sampling_logp_difference/max": 1.0,
+        "tokens/computed": 5 / 10,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
@@ -99,9 +100,9 @@ def test_one_update_by_hand():
 def test_later_updates_count_for_clipping_only():
     sums, maxima = measured()
     tally = Tally()
-    tally.add(sums, maxima, first_visit=True)
+    tally.add(sums, maxima, first_visit=True, num_tokens=10)
     first = tally.metrics()
-    tally.add(3 * sums, 5 * maxima, first_visit=True)
+    tally.add(3 * sums, 5 * maxima, first_visit=True, num_tokens=10)
     later = tally.metrics()
     assert later["learner/ratio_mean"] == first["learner/ratio_mean"]
     assert later["learner/ratio_max"] == first["learner/ratio_max"]
@@ -109,7 +110,7 @@ def test_later_updates_count_for_clipping_only():
     only_clipped = np.zeros_like(sums)
     for name in ("tokens", "live", "clipped", "low", "region"):
         only_clipped[:, SUMS.index(name)] = 100.0
-    tally.add(only_clipped, maxima, first_visit=False)
+    tally.add(only_clipped, maxima, first_visit=False, num_tokens=10)
     last = tally.metrics()
     assert last["learner/clip_fraction"] > 0.9
     for name in ("ratio_mean", "ess", "kl_k1", "weight_mean"):
@@ -121,9 +122,9 @@ def test_the_ratio_is_that_of_the_first_update_with_the_source():
     explorer_only, learner_only = sums.copy(), sums.copy()
     explorer_only[1], learner_only[0] = 0, 0
     tally = Tally()
-    tally.add(explorer_only, maxima * [[1], [0]], first_visit=True)
+    tally.add(explorer_only, maxima * [[1], [0]], first_visit=True, num_tokens=10)
     assert not [name for name in tally.metrics() if name.startswith("learner/")]
-    tally.add(learner_only, maxima * [[0], [1]], first_visit=True)
+    tally.add(learner_only, maxima * [[0], [1]], first_visit=True, num_tokens=10)
     metrics = tally.metrics()
     assert (metrics["explorer/ratio_mean"], metrics["learner/ratio_mean"]) == pytest.approx((1.3, 1.9))
     assert metrics["learner/ratio_max"] == maxima[1, MAXIMA.index("ratio")]
