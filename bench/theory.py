@@ -23,7 +23,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from bench.measure import RESULTS, environment, table
-from bench.paper_charts import COLOURS, STYLE
+from bench.paper.charts import COLOURS, STYLE
 from bench.theory_scores import (
     add_noise,
     alignment,

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import fault_lanes, fault_rows, faults, measure
-from bench.fault_lanes import run_beside, serve
-from bench.fault_rows import NotHere, Row, Verdict
+from bench import measure
+from bench.faults import __main__ as faults
+from bench.faults import lanes
+from bench.faults.lanes import run_beside, serve
+from bench.faults.rows import LEFT_OUT, NotHere, Row, Verdict
 
 # The rest of the quick rows are the stream's own tests with other names (tests/rollout).
 QUICK = ("F1", "F3", "F4", "F11", "F12", "F13", "F15", "F25", "F26c", "F26d", "F27", "F28", "F35")
@@ -34,7 +36,7 @@ def test_quick_rows_hold_beside_each_other() -> None:
 
 
 def test_a_lane_whose_process_ends_fails_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault_lanes.sys, "executable", "/bin/false")
+    monkeypatch.setattr(lanes.sys, "executable", "/bin/false")
     rows = [Row(name, name, True, holding) for name in ("F1", "F2", "F3", "F4")]
     said: list[str] = []
     lines = run_beside(rows, 0, lambda line: said.append(line["row"]))
@@ -52,7 +54,7 @@ def test_a_lane_answers_each_name_with_a_line() -> None:
 
 
 def test_every_fault_of_the_plan_has_a_row() -> None:
-    names = {row.name for row in faults.load()} | set(fault_rows.LEFT_OUT)
+    names = {row.name for row in faults.load()} | set(LEFT_OUT)
     missing = [number for number in range(1, 38) if not any(name.rstrip("bcd") == f"F{number}" for name in names)]
     assert not missing
     assert len({row.name for row in faults.load()}) == len(faults.load())

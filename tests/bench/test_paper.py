@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from bench.choose_explorer import Drawn
-from bench.paper import choose, commands, main, plan
-from bench.paper_data import choose_subset, write_splits
-from bench.paper_experiments import ARMS, EXPERIMENTS, find
-from bench.paper_measures import count, measure_other, premise
-from bench.paper_models import LlamaRecipe, build_llama
-from bench.paper_page import verdict_lines, write_page
-from bench.paper_results import by_arm, compare, results, size_results, summarise, verdict_of
+from bench.paper.__main__ import choose, commands, main, plan
+from bench.paper.data import choose_subset, write_splits
+from bench.paper.experiments import ARMS, EXPERIMENTS, find
+from bench.paper.measures import count, measure_other, premise
+from bench.paper.models import LlamaRecipe, build_llama
+from bench.paper.page import verdict_lines, write_page
+from bench.paper.results import by_arm, compare, results, size_results, summarise, verdict_of
+from bench.paper.runs import Finished, Job, Runner
+from bench.paper.scale import CONFIGS, PRESETS, Scale, equal_switch, paper, schedule
 from bench.paper_reward import countdown
-from bench.paper_runs import Finished, Job, Runner
-from bench.paper_scale import CONFIGS, PRESETS, Scale, equal_switch, paper, schedule
 from core.configfile import parse_command
 from trainer.pretrain import Recipe, Shape, make_family
 
@@ -142,10 +142,10 @@ def test_recorded_runs_rates_and_models_are_taken_and_only_the_rest_is_run(tmp_p
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in known))
     facts = {"scale": "tiny", "steps": 4, "tuned": {"s2l": "2e-4"}, "search": {}, "models": {"kept": 1}}
     (tmp_path / "facts.json").write_text(json.dumps(facts))
-    monkeypatch.setattr("bench.paper.Runner", Recorded)
-    monkeypatch.setattr("bench.paper.tiny", lambda work: plain_scale())
-    monkeypatch.setattr("bench.paper.parameters_of", lambda scale, arm: {"learner": 100, "explorer": 10})
-    monkeypatch.setattr("bench.paper.write_page", lambda out, rows, facts: out)
+    monkeypatch.setattr("bench.paper.__main__.Runner", Recorded)
+    monkeypatch.setattr("bench.paper.__main__.tiny", lambda work: plain_scale())
+    monkeypatch.setattr("bench.paper.__main__.parameters_of", lambda scale, arm: {"learner": 100, "explorer": 10})
+    monkeypatch.setattr("bench.paper.__main__.write_page", lambda out, rows, facts: out)
     assert main(["--recorded", "--only", "driver", "--seeds", "2", "--out", str(tmp_path)]) == 0
     assert [(job.arm, job.seed) for job in asked] == [
         (arm, seed) for seed in (0, 1) for arm in ("driver_ess", "driver_zero")

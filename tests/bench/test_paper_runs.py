@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.paper_runs import Job, RunFailed, Runner, code_hash, run_key
+from bench.paper.runs import Job, RunFailed, Runner, code_hash, run_key
 
 LINES = [
     {"step": 0, "eval/pass@1": 0.25},

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from bench.pipeline_fakes import ideal_ends
+from bench.pipeline.fakes import ideal_ends
 
 
 def step_s(generated, trained, lookahead):

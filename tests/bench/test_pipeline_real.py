@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pipeline_real import summary
+from bench.pipeline.real import summary
 
 
 def test_ratios_are_of_pairs_and_rewards_come_with_their_noise():

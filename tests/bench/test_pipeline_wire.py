@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pipeline_wire import TOKENS, Mark, rates
+from bench.pipeline.wire import TOKENS, Mark, rates
 
 
 def test_rates_lie_between_the_first_mark_and_the_last():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fault_parts import ENGINE, Sink, make_model
+from bench.faults.parts import ENGINE, Sink, make_model
 from core.config import Config, Explorer, Run, Stream
 from core.schema import Source
 from rollout.fingerprint import fingerprints

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench.fault_parts import ENGINE, eventually, make_lease
+from bench.faults.parts import ENGINE, eventually, make_lease
 from core.config import Config
 from core.schema import Source
 from rollout.fingerprint import fingerprints

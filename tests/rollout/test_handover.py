@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fault_parts import Sink, eventually, make_lease
+from bench.faults.parts import Sink, eventually, make_lease
 from core.schema import Source
 from rollout.fingerprint import file_digest
 from rollout.pool import WorkerPool

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bench.fault_parts import make_completion, make_lease
+from bench.faults.parts import make_completion, make_lease
 from core.schema import CompletionKey, Source
 from rollout.leases import LEASES_AHEAD, MISSED_BEATS, LeaseBook, Verdict
 from rollout.messages import Deliver, Lease

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.fault_parts import eventually
+from bench.faults.parts import eventually
 from core.config import Algorithm, Config, Evaluation, Explorer, Reward, Rollout, Run, Stream
 from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Group, Prompt, Source, pack_logprobs, pack_tokens

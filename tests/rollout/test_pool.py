@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import fault_engine
-from bench.fault_parts import SAMPLING, ScriptedWorker, Sink, eventually, make_lease, make_model
-from bench.fault_proxy import ChaosProxy
+from bench.faults import engine as fault_engine
+from bench.faults.parts import SAMPLING, ScriptedWorker, Sink, eventually, make_lease, make_model
+from bench.faults.proxy import ChaosProxy
 from core.config import Config
 from core.schema import Source, pack_logprobs, pack_tokens
 from core.seeds import completion_seed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fault_parts import eventually, make_lease
+from bench.faults.parts import eventually, make_lease
 from core.schema import Source
 from rollout import pool as pool_module
 from rollout.fingerprint import file_digest

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.fault_parts import ScriptedWorker, Sink, eventually, make_completion, make_lease
+from bench.faults.parts import ScriptedWorker, Sink, eventually, make_completion, make_lease
 from core.schema import Source
 from rollout.leases import LeaseBook
 from rollout.messages import Grant, Join, Lease

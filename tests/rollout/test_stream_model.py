@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bench.fault_parts import make_completion, make_lease
+from bench.faults.parts import make_completion, make_lease
 from core.config import Config, Stream
 from core.schema import Completion, CompletionKey, Source
 from rollout.buffer import BufferState, ReplayBuffer

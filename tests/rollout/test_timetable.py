@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.fault_parts import eventually, make_lease
+from bench.faults.parts import eventually, make_lease
 from core.anneal import Quota, quota_at
 from core.config import Algorithm, Config, Data, Explorer, Rollout
 from core.schema import Source

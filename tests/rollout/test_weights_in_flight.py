@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench.fault_parts import ScriptedWorker, Sink, make_completion, make_lease
+from bench.faults.parts import ScriptedWorker, Sink, make_completion, make_lease
 from core.schema import Sampling, Source, check_spans
 from rollout.engine import Request
 from rollout.fingerprint import file_digest

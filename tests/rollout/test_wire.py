@@ -14,7 +14,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.fault_parts import eventually, make_completion, make_lease
+from bench.faults.parts import eventually, make_completion, make_lease
 from rollout.access import Keys
 from rollout.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, private_ipc, reachable, resolve
 from rollout.frame import HEADER_BYTES, FrameError, session_of, trainer_codec, worker_codec

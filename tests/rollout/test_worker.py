@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import fault_engine
-from bench.fault_parts import HANG_GUARD_S, SAMPLING, Sink, eventually, make_completion, make_lease, make_model
+from bench.faults import engine as fault_engine
+from bench.faults.parts import HANG_GUARD_S, SAMPLING, Sink, eventually, make_completion, make_lease, make_model
 from core.config import Config
 from core.schema import Source
 from rollout.children import REPOSITORY
@@ -31,7 +31,7 @@ class ByHand:
     """A worker started in another terminal."""
 
     def __init__(
-        self, *arguments: str, module: str = "rollout.explorer", engine: str = "bench.fault_engine:make"
+        self, *arguments: str, module: str = "rollout.explorer", engine: str = "bench.faults.engine:make"
     ) -> None:
         command = [sys.executable, "-m", module, "--engine", engine, *arguments]
         self.process = subprocess.Popen(
@@ -228,7 +228,7 @@ def test_sigusr1_prints_all_stacks(make_pool: PoolMaker, config: Config) -> None
 
 
 def test_engines_go_by_name(model: Path) -> None:
-    engine = load_engine("bench.fault_engine:make", model, device="cpu", dtype="float32")
+    engine = load_engine("bench.faults.engine:make", model, device="cpu", dtype="float32")
     assert isinstance(engine, fault_engine.QuickEngine)
     with pytest.raises(ValueError, match="'warp' is not one of"):
         load_engine("warp", model, device="cpu", dtype="float32")
