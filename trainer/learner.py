@@ -182,9 +182,11 @@ class Learner:
         """
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-        write_files(self.backend.state(), directory, "optimizer")
-        if self.adapter is not None:
-            self.adapter.save(self.backend, directory)
+        try:
+            write_files(self.backend.state(), directory, "optimizer")
+        finally:  # a collective too: the other ranks come to it whatever rank 0's disk does
+            if self.adapter is not None:
+                self.adapter.save(self.backend, directory)
         if directory is not None:
             state = {
                 "format": STATE_FORMAT,

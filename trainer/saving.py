@@ -9,6 +9,8 @@ from trainer.learner import Learner
 from trainer.record import Recorder
 from trainer.stream import Rollouts
 
+WRITTEN = b"written"  # what rank 0 says of a checkpoint that is
+
 
 class Saver:
     """Checkpoints of everything a resumed run needs, with a Hugging Face directory inside.
@@ -28,16 +30,18 @@ class Saver:
         """Write the checkpoint of `step`, unless it is written. A disk that is full is said, and no error."""
         if step == self.saved_step:
             return
+        written = None
         if self.rollouts is None or self.recorder is None:
             self.learner.save_model(None)
             self.learner.save_state(None)
+        else:
+            with self.recorder.stage("checkpoint", step):
+                written = self._write(step, self.rollouts, self.recorder)
+            self.recorder.ledger(self.rollouts.report())
+        if self.learner.world.broadcast_bytes(written) == WRITTEN:
             self.saved_step = step
-            return
-        with self.recorder.stage("checkpoint", step):
-            self._write(step, self.rollouts, self.recorder)
-        self.recorder.ledger(self.rollouts.report())
 
-    def _write(self, step: int, rollouts: Rollouts, recorder: Recorder) -> None:
+    def _write(self, step: int, rollouts: Rollouts, recorder: Recorder) -> bytes:
         begun: set[str] = set()
 
         def noted(name: str, part: Part) -> Part:
@@ -54,14 +58,17 @@ class Saver:
         parts = collectives | {"rollouts": lambda directory: rollouts.save(directory / "trainer")}
         try:
             write_checkpoint(self.root, step, {name: noted(name, part) for name, part in parts.items()}, keep=self.keep)
-            self.saved_step = step
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            for name in collectives.keys() - begun:  # the other ranks wait there
+            for name in [
+                name for name in collectives if name not in begun
+            ]:  # the other ranks wait there, in this order
                 collectives[name](None)
             self.failed += 1
             recorder.console.warn(
                 f"NO CHECKPOINT of step {step} ({self.failed} failed so far): {error.strerror}. "
                 "Training goes on; the next one is due as planned"
             )
+            return b""
+        return WRITTEN

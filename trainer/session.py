@@ -214,11 +214,14 @@ class Session:
 
     def _evaluate(self, step: int) -> None:
         prompts, recorder = self.materials.eval_prompts, self.recorder
-        if prompts and recorder is not None and step not in recorder.log.evaluated_steps:
+        if not prompts:
+            return
+        if recorder is not None and step not in recorder.log.evaluated_steps:
             # A signal cuts it short: collecting the next step ends the run, and a resumed one makes up for it.
             with recorder.stage("evaluate", step), suppress(Stopped):
                 rows = self.stream.evaluate(step, prompts)
                 recorder.evaluation(step, rows, summarise(rows, self.config.evaluation))
+        self.world.await_main()
 
     def _keep_evidence(self) -> None:
         """The completions of the step that the run ends in; those of a step that trained are written as it ends."""

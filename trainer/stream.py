@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from core.config import Config
 from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
@@ -198,10 +197,8 @@ class GroupStream:
         """
         first = 0
         with self.stages("wait"):
-            asked = torch.tensor([SIGNALS.asked])
-            self.world.max_(asked)
-            if asked:
-                raise Stopped(int(asked), between_steps=True)
+            if asked := self.world.highest(SIGNALS.asked):
+                raise Stopped(asked, between_steps=True)
             groups = self._collect(step, first, prompts)
         self.within_step = True
         while groups:

@@ -13,6 +13,10 @@ from typing import Literal, Self
 import torch
 import torch.distributed as dist
 
+# Rank 0 may work by itself for hours: a step whose completions are long, an evaluation, a checkpoint. The others then
+# wait for it in calls of the control group. Its own waits have deadlines, and a rank that dies ends the others.
+PATIENCE = timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,9 +40,8 @@ class World:
     ) -> Self:
         """Read torchrun's environment and meet the other ranks.
 
-        `timeout_s` bounds every collective: it must exceed the longest time rank 0 may wait for a batch
-        (stream.starvation_s). ValueError for a half-set environment, a missing GPU, more local ranks than GPUs, or
-        ranks that `line_size` does not divide.
+        `timeout_s` bounds the collectives of training, which all ranks reach at about the same time. ValueError for a
+        half-set environment, a missing GPU, more local ranks than GPUs, or ranks that `line_size` does not divide.
         """
         rank, size, local_rank = _torchrun_environment()
         if size % line_size:
@@ -55,7 +58,7 @@ class World:
             backend = "nccl"
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
         line = dist.new_subgroups(line_size, timeout=timeout)[0] if line_size > 1 else None
         return cls(rank=rank, size=size, device=torch_device, control=control, line=line, line_size=line_size)
 
@@ -65,7 +68,7 @@ class World:
         return self.rank == 0
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank. Rank 0 passes them, the others None."""
+        """Rank 0's bytes, on every rank, however long it takes. Rank 0 passes them, the others None."""
         assert (payload is not None) == self.is_main, "rank 0 broadcasts bytes, the other ranks pass None"
         if self.size == 1:
             assert payload is not None
@@ -78,6 +81,17 @@ class World:
         if len(data):
             dist.broadcast(data, src=0, group=self.control)
         return data.numpy().tobytes()
+
+    def await_main(self) -> None:
+        """Wait until rank 0, which was at work by itself, comes here as well."""
+        self.broadcast_bytes(b"here" if self.is_main else None)
+
+    def highest(self, value: int) -> int:
+        """The largest of all ranks' values, however long they take."""
+        found = torch.tensor([value])
+        if self.size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return int(found)
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace `tensor` by its sum over the ranks, the same bits on every rank."""
@@ -124,7 +138,9 @@ class World:
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.size > 1:
-            dist.all_reduce(tensor, op=operation, group=self.control if tensor.device.type == "cpu" else None)
+            dist.all_reduce(
+                tensor, op=operation, group=None if tensor.device.type == self.device.type else self.control
+            )
 
 
 def _torchrun_environment() -> tuple[int, int, int]:

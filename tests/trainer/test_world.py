@@ -20,7 +20,7 @@ total = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 world.sum_(total)
 highest = torch.tensor([float(world.rank), -float(world.rank)])
 world.max_(highest)
-found |= {"sum": total.tolist(), "max": highest.tolist()}
+found |= {"sum": total.tolist(), "max": highest.tolist(), "highest": world.highest(5 - world.rank)}
 world.agree("the configuration", "same")
 world.barrier("start")
 for what, act in (
@@ -42,6 +42,27 @@ print(json.dumps(found))
 """
 
 
+PATIENT = """
+import time
+import torch
+from trainer.world import World
+
+world = World.join("cpu", timeout_s=1)
+if world.is_main:
+    time.sleep(4)
+world.await_main()
+if world.is_main:
+    time.sleep(4)
+print(world.broadcast_bytes(b"late" if world.is_main else None).decode(), world.highest(world.rank))
+world.leave()
+"""
+
+
+def test_the_other_ranks_wait_for_rank_0_longer_than_for_each_other(run_ranks):
+    """A long evaluation or a hard step is no fault."""
+    assert [output.strip() for output in run_ranks(PATIENT, 2)] == ["late 1", "late 1"]
+
+
 def test_a_single_process_needs_no_network(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
@@ -55,6 +76,8 @@ def test_a_single_process_needs_no_network(monkeypatch):
     assert (world.rank, world.size, world.is_main, world.device.type) == (0, 1, True, "cpu")
     assert value.tolist() == [1.5]
     assert world.broadcast_bytes(b"abc") == b"abc"
+    assert world.highest(3) == 3
+    world.await_main()
     assert not torch.distributed.is_initialized()
 
 

@@ -1,0 +1,92 @@
+"""A full disk costs a checkpoint on all ranks alike: they make the same collectives, and agree on what was saved."""
+
+import errno
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from trainer import saving
+from trainer.saving import Saver
+
+
+class Recorder:
+    def __init__(self):
+        self.warned = []
+        self.console = self
+
+    def warn(self, text):
+        self.warned.append(text)
+
+    def stage(self, *_):
+        return nullcontext()
+
+    def ledger(self, report):
+        pass
+
+
+class Rollouts:
+    def save(self, directory):
+        pass
+
+    def report(self):
+        return {}
+
+
+class World:
+    """Rank 0 runs first here, and says what it broadcasts to the other."""
+
+    def __init__(self):
+        self.said = []
+
+    def broadcast_bytes(self, payload):
+        if payload is not None:
+            self.said.append(payload)
+        return self.said[-1]
+
+
+class Learner:
+    step = 0
+
+    def __init__(self, world):
+        self.collectives, self.world = [], world
+
+    def save_model(self, directory):
+        self.collectives.append("model")
+
+    def save_state(self, directory):
+        self.collectives.append("optimizer")
+
+
+@pytest.mark.parametrize("full_at", ["start", "model", "optimizer", "rollouts", "rename", None])
+def test_every_rank_makes_the_same_collectives_whatever_the_disk_does(monkeypatch, full_at):
+    full = [full_at]
+
+    def write(root, step, parts, *, keep):
+        def check(where):
+            if full[0] == where:
+                raise OSError(errno.ENOSPC, "disk full")
+
+        check("start")
+        for name, part in parts.items():
+            part(Path())
+            check(name)
+        check("rename")
+
+    monkeypatch.setattr(saving, "write_checkpoint", write)
+    world = World()
+    main, other, recorder = Learner(world), Learner(world), Recorder()
+    savers = [
+        Saver(Path(), main, Rollouts(), recorder, keep=1),
+        Saver(Path(), other, None, None, keep=1),
+    ]
+    for saver in savers:
+        saver.save(4)
+    assert main.collectives == other.collectives == ["model", "optimizer"]
+    assert [saver.saved_step for saver in savers] == ([0, 0] if full_at else [4, 4])
+    assert len(recorder.warned) == (1 if full_at else 0)
+    full[0] = None  # there is room again when the run is stopped: it saves itself, once
+    for saver in savers:
+        saver.save(4)
+    assert main.collectives == other.collectives == ["model", "optimizer"] * (2 if full_at else 1)
+    assert [saver.saved_step for saver in savers] == [4, 4]
