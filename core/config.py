@@ -159,7 +159,7 @@ class Stream(Section, frozen=True, kw_only=True):
     heartbeat_s: Annotated[float, Meta(description="Seconds between a worker's heartbeats.", gt=0)] = 1.0
     liveness_s: Annotated[float, Meta(description="Silence after which a worker is dead and its leases go to others.", gt=0)] = 10.0
     lease_timeout_s: Annotated[float, Meta(description="Seconds without progress after which a worker is hung and its leases go to others.", gt=0)] = 300.0
-    starvation_s: Annotated[float, Meta(description="Seconds the trainer waits with no completion arriving before it stops and says whom it waited for.", gt=0)] = 600.0
+    starvation_s: Annotated[float, Meta(description="Seconds the trainer waits with nothing moving (no token, completion or reward) before it stops and says whom it waited for.", gt=0)] = 600.0
 
 
 class Data(Section, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from rollout.messages import Lease, LeaseItem
 LEASES_AHEAD = 2
 # Heartbeats that fail to name a granted lease before it counts as lost (the first may have crossed the grant).
 MISSED_BEATS = 3
+_Rank = tuple[bool, int, int, int, str]
 
 
 class Verdict(StrEnum):
@@ -47,9 +48,11 @@ class _Entry:
     misses: int = 0
 
     @property
-    def rank(self) -> tuple[bool, int, int, str]:
-        """Evaluations first: they are short and want the newest weights. Then by step, then as submitted."""
-        return (self.lease.purpose != "eval", self.lease.step, self.number, self.lease.lease_id)
+    def rank(self) -> "_Rank":
+        """Evaluations first: they are short and want the newest weights. Then by step and prompt, because a step trains
+        in the order of its prompts and a replacement must not wait for all the rest; then as submitted."""
+        lease = self.lease
+        return (lease.purpose != "eval", lease.step, min(self.items), self.number, lease.lease_id)
 
 
 @dataclass
@@ -73,7 +76,7 @@ class LeaseBook:
         self.exhausted: dict[str, Lease] = {}
         self._submitted = 0
         self._entries: dict[str, _Entry] = {}
-        self._queues: dict[Source, list[tuple[bool, int, int, str]]] = {source: [] for source in Source}
+        self._queues: dict[Source, list[_Rank]] = {source: [] for source in Source}
         self._holders: dict[str, _Holder] = {}
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._live: set[tuple[str, CompletionKey]] = set()

@@ -30,7 +30,7 @@ Ticket = tuple[str, CompletionKey]
 
 
 class Starved(RuntimeError):
-    """Nothing arrived for stream.starvation_s."""
+    """Nothing moved for stream.starvation_s: no token, no completion, no reward."""
 
 
 class NothingToTrain(RuntimeError):
@@ -204,7 +204,11 @@ class Mixer:
             left, now = missing(), time.monotonic()
             if left < best:
                 best, since = left, now
-            waiting = f"{left} completions of {what}: {self.pool.waiting_for()}"
+            # A long completion, or a reward that takes its time, is no standstill.
+            missed, unscored = self.pool.waiting_for(), self._rewards.submitted - self._rewards.finished
+            since = max(since, missed.moved_s, self._rewards.finished_s)
+            rewards = f"; {unscored} completions wait for their reward" if unscored else ""
+            waiting = f"{left} completions of {what}: {missed.line}{rewards}"
             if now - since > limit_s:
                 raise Starved(f"waited {now - since:.0f} s (stream.starvation_s) for {waiting}")
             self._on_wait(waiting, now - since)
@@ -218,7 +222,8 @@ class Mixer:
             answer=prompt.answer,
             columns=prompt.columns,
         )
-        self._rewards.submit((ticket, item.completion), item)
+        purpose, key = ticket  # what the trainer waits for does not queue behind what explorers made ahead
+        self._rewards.submit((ticket, item.completion), item, urgency=(purpose != "eval", key.step))
 
     def _on_score(self, ticket: tuple[Ticket, str], outcome: Outcome) -> None:
         (purpose, key), text = ticket

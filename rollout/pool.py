@@ -26,7 +26,7 @@ from rollout.leases import LeaseBook
 from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
 from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
-from rollout.status import counters, held_weights, hopeless, waiting_line
+from rollout.status import Waiting, counters, held_weights, hopeless, waiting
 from rollout.stragglers import Stragglers
 from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
@@ -125,12 +125,12 @@ class WorkerPool:
         """Ask `may_grant` again now."""
         self._errands.send(lambda: None)
 
-    def waiting_for(self) -> str:
-        """One line: what is missing, from whom, and since when."""
+    def waiting_for(self) -> Waiting:
+        """What is missing, from whom and since when, and when a worker last moved."""
         try:
-            return self._errands.ask(lambda: waiting_line(self._roster, time.monotonic()), timeout_s=_ANSWER_S)
+            return self._errands.ask(lambda: waiting(self._roster, time.monotonic()), timeout_s=_ANSWER_S)
         except TimeoutError:
-            return f"the pool's own thread, which is busy for more than {_ANSWER_S:g} s"
+            return Waiting(f"the pool's own thread, which is busy for more than {_ANSWER_S:g} s")
 
     def counters(self) -> dict[str, Any]:
         """Counts since the start: by source (promise 1), by worker, and of faults."""

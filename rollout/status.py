@@ -1,7 +1,8 @@
 """What the trainer can say about its workers: whom it waits for, whether waiting is in vain, and all counts."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.schema import Source
 from rollout.children import Children, Exit
@@ -12,10 +13,19 @@ from rollout.roster import Roster
 _NAMED = 4  # workers named in one line
 
 
-def waiting_line(roster: Roster, now: float) -> str:
+class Waiting(NamedTuple):
+    """One line, and when a worker that owes completions last moved: time.monotonic() seconds, −inf where none did."""
+
+    line: str
+    moved_s: float = -math.inf
+
+
+def waiting(roster: Roster, now: float) -> Waiting:
     """For each role with unfinished work: its most urgent step, who has it, and since when."""
     parts = [part for role in roster.terms if (part := _role_line(roster, role, now))]
-    return "; ".join(parts) if parts else "nothing: every lease is answered"
+    owing = (peer for peer in roster.peers.values() if peer.state in ABLE_TO_WORK and roster.book.owed(peer.name))
+    line = "; ".join(parts) if parts else "nothing: every lease is answered"
+    return Waiting(line, max((peer.progress_s for peer in owing), default=-math.inf))
 
 
 def hopeless(roster: Roster, children: Children, exits: Mapping[str, Exit]) -> str:

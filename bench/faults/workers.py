@@ -82,7 +82,7 @@ def stop_all(seed: int) -> Verdict:
         start = time.monotonic()
         eventually(lambda: stream.pool.counters()["events"].get("dead") == 2, "both are dead")
         seconds = time.monotonic() - start
-        said = stream.pool.waiting_for()
+        said = stream.pool.waiting_for().line
         assert "silent for" in said, said
         for pid in pids:
             os.kill(pid, signal.SIGCONT)

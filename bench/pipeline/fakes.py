@@ -195,7 +195,7 @@ def _wait_until_ready(pool: WorkerPool, count: int) -> None:
     deadline = time.monotonic() + 120
     while sum(worker["state"] == "ready" for worker in pool.counters()["workers"].values()) < count:
         pool.check()
-        assert time.monotonic() < deadline, pool.waiting_for()
+        assert time.monotonic() < deadline, pool.waiting_for().line
         time.sleep(0.02)
 
 

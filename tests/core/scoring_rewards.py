@@ -13,6 +13,9 @@ def act(completions, **columns):
             return [float(rest)]
         case "raise":
             raise KeyError(rest)
+        case "slow":
+            time.sleep(0.02)
+            return [0.0]
         case "none":
             return [None]
         case "sleep":

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from core.rewards import RewardItem
-from core.scoring import DEPTH, REPOSITORY, RewardPool
+from core.scoring import DEPTH, RewardPool
+from core.scoring_child import REPOSITORY
 from core.scoring_worker import Outcome, Started, frame, score, take_replies
 
 ACT = "scoring_rewards:act"
@@ -148,6 +149,27 @@ def test_math_answers_that_never_end_end_in_time():
     assert outcomes[2].reward != 1.0
     assert outcomes[1].reward == outcomes[3].reward == 1.0
     assert sum(counts.values()) == 4
+
+
+def test_what_is_urgent_does_not_queue_behind_what_is_not():
+    order = []
+    done = threading.Event()
+
+    def note(ticket, outcome):
+        order.append(ticket)
+        if len(order) == 3 * DEPTH + 2:
+            done.set()
+
+    with RewardPool(ACT, workers=1, timeout_s=30.0, on_score=note) as pool:
+        for ticket in range(3 * DEPTH):
+            pool.submit(ticket, RewardItem(prompt="", completion="slow", answer=""), urgency=(1, 7))
+        for ticket, urgency in (("late", (1, 8)), ("soon", (1, 2))):
+            pool.submit(ticket, RewardItem(prompt="", completion="slow", answer=""), urgency=urgency)
+        assert done.wait(HANG_GUARD_S)
+        assert pool.submitted == pool.finished == len(order)
+    assert order.index("soon") < 2 * DEPTH  # a child may hold DEPTH already
+    assert order[-1] == "late"
+    assert [ticket for ticket in order if isinstance(ticket, int)] == list(range(3 * DEPTH))
 
 
 def test_children_end_with_the_pool():

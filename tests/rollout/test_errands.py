@@ -24,7 +24,7 @@ def test_a_stall_longer_than_the_answer_time_ends_no_run(
 ) -> None:
     pool, go = stalled
     monkeypatch.setattr("rollout.pool._ANSWER_S", 0.05)
-    assert "busy for more than 0.05 s" in pool.waiting_for()
+    assert "busy for more than 0.05 s" in pool.waiting_for().line
     pool.check()
     release = threading.Timer(0.3, go.set)
     release.start()

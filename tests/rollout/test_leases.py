@@ -36,7 +36,8 @@ def finish(book: LeaseBook, lease: Lease) -> list[CompletionKey]:
     return keys
 
 
-def test_order_is_evaluation_then_step_then_submission() -> None:
+def test_order_is_evaluation_then_step_then_prompt() -> None:
+    """A replacement for an early prompt, asked for last, does not wait for the rest of the step."""
     late, early, second = make_lease(0, step=5), make_lease(0, step=2), make_lease(1, step=2)
     exam = make_lease(0, step=9, purpose="eval")
     book = book_with(late, second, early, exam)
@@ -45,7 +46,7 @@ def test_order_is_evaluation_then_step_then_submission() -> None:
         (lease,) = book.grant("a")
         granted.append(lease)
         finish(book, lease)
-    assert granted == [exam, second, early, late]
+    assert granted == [exam, early, second, late]
 
 
 def test_credit_bounds_what_a_worker_owes_but_a_large_lease_is_still_served() -> None:

@@ -1,5 +1,6 @@
 """The mixer with a pool that answers as told: exact quotas, replacements, dropped prompts, resume, starvation."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
 from rollout.mixer import Mixer, Starved
+from rollout.status import Waiting
 
 SOURCES = list(Source)
 
@@ -29,6 +31,7 @@ class TellingPool:
         self.receive: Callable[[str, Completion], None]
         self.trouble: Exception | None = None
         self.produced = dict.fromkeys(Source, 0)
+        self.moved_s: Callable[[], float] = lambda: -math.inf
 
     def submit(self, leases: Sequence[Lease]) -> None:
         self.leases += leases
@@ -37,8 +40,8 @@ class TellingPool:
         if self.trouble is not None:
             raise self.trouble
 
-    def waiting_for(self) -> str:
-        return "explorer: lease explorer-1-0 at explorer-0.4f since 12 s"
+    def waiting_for(self) -> Waiting:
+        return Waiting("explorer: lease explorer-1-0 at explorer-0.4f since 12 s", self.moved_s())
 
     def answer(self, *, shuffled: int | None = None) -> None:
         """Everything asked for so far."""
@@ -350,6 +353,31 @@ def test_starvation_names_whom_it_waited_for(make_world: Callable[..., World]) -
     assert "15 completions of step 1: explorer: lease explorer-1-0 at explorer-0.4f since 12 s" in message
     assert world.waits
     assert all("of step 1" in wait for wait in world.waits)
+
+
+def test_a_worker_that_moves_is_no_standstill(make_world: Callable[..., World]) -> None:
+    world = make_world(starvation_s=0.6)
+    world.mixer.request(1)
+    start = time.monotonic()
+    world.pool.moved_s = lambda: min(time.monotonic(), start + 1.5)  # then it hangs
+    with pytest.raises(Starved):
+        world.mixer.collect(1)
+    assert time.monotonic() - start > 1.5 + 0.6
+
+
+def test_rewards_that_are_still_being_computed_are_no_standstill(make_world: Callable[..., World]) -> None:
+    world = make_world({f"u{i}": "slow" for i in range(4)}, starvation_s=0.6)
+    world.mixer.request(1)
+    rows = [row for lease in world.pool.leases for row in completions_of(lease)]
+    ahead = [row for row in rows if row.key.step == 2]
+    assert len(ahead) >= 8  # a second of rewards in which nothing of step 1 moves
+    for row in ahead:
+        world.mixer.receive("train", row)
+    late = threading.Timer(1.0, lambda: [world.mixer.receive("train", row) for row in rows if row.key.step == 1])
+    late.start()
+    assert len(world.mixer.collect(1)) == 4
+    late.join()
+    assert any("completions wait for their reward" in wait for wait in world.waits)
 
 
 def test_trouble_in_the_pool_ends_the_wait(make_world: Callable[..., World]) -> None:

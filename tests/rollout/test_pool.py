@@ -265,7 +265,7 @@ def test_completions_on_their_way_are_in_flight_and_lost_with_their_worker(
     eventually(lambda: explorer(pool)["lost"] == 4)
     assert explorer(pool)["in_flight"] == 0
     assert pool.counters()["balanced"]
-    assert "a coffee break" in pool.waiting_for()
+    assert "a coffee break" in pool.waiting_for().line
 
 
 def test_a_lost_grant_and_lost_weights_are_repeated(make_pool: PoolMaker, scripted: ScriptedMaker, model: Path) -> None:
@@ -410,7 +410,7 @@ def test_explorers_share_the_work_exactly(make_pool: PoolMaker, sink: Sink, monk
         "produced": 384, "received": 384, "accepted": {"train": 384}, "rejected": {}, "in_flight": 0, "lost": 0,
         "resent": 0,
     }  # fmt: skip
-    assert pool.waiting_for() == "nothing: every lease is answered"
+    assert pool.waiting_for().line == "nothing: every lease is answered"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
@@ -537,7 +537,7 @@ def test_learner_workers_load_weights_before_leases_that_need_them(
     pool.spawn(Source.LEARNER, 0)
     pool.submit([make_lease(0, source=Source.LEARNER), make_lease(1, source=Source.LEARNER, version=1)])
     sink.wait(16, pool.check)
-    eventually(lambda: "weights 1 are not published yet" in pool.waiting_for(), pool.waiting_for())
+    eventually(lambda: "weights 1 are not published yet" in pool.waiting_for().line, pool.waiting_for().line)
     pool.publish_weights(1, file, file_digest(file))
     sink.wait(32, pool.check)
     pool.spawn(Source.LEARNER, 1)  # a late joiner gets them too

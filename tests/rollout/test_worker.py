@@ -97,7 +97,7 @@ def test_a_run_without_explorers_of_its_own_waits_for_one_by_hand(
     pool = make_pool()
     pool.submit([make_lease()])
     pool.check()
-    assert "no explorer worker is ready; known: none has joined yet" in pool.waiting_for()
+    assert "no explorer worker is ready; known: none has joined yet" in pool.waiting_for().line
     by_hand("--connect", pool.endpoint)
     sink.wait(16, pool.check)
     assert len(sink.keys) == 16
