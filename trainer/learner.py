@@ -67,7 +67,7 @@ class Learner:
         self._skipped_in_a_row = 0
         self._scored: dict[int, tuple[MicroBatch, Scores]] = {}
         self._visited: set[int] = set()
-        self._tally = Tally()
+        self._tally = Tally(config)
         self._updates: list[dict[str, float]] = []
         self._seconds = {"time/score": 0.0, "time/train": 0.0}
 
@@ -113,7 +113,7 @@ class Learner:
 
         `in_parts`: more of the step follows, by `score`.
         """
-        self._visited, self._tally, self._updates = set(), Tally(), []
+        self._visited, self._tally, self._updates = set(), Tally(self.config), []
         self._scored, self._seconds = {}, {"time/score": 0.0, "time/train": 0.0}
         self.scorer.begin_step(in_parts=in_parts)
         self.score(batch)

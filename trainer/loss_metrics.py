@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import Correction
+from core.config import Config, Correction
 from core.schema import Source
 from trainer.correction import log_ratio
 from trainer.micro_batch import SOURCES, MicroBatch
@@ -89,7 +89,8 @@ def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Cor
 class Tally:
     """One step's sums, by the pass they belong to. All arrays are [S, K] or [S, M], fp64."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        self.config = config
         shape, maxima_shape = (len(SOURCES), len(SUMS)), (len(SOURCES), len(MAXIMA))
         self.every_update, self.first_visit, self.first_update = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self.first_visit_maxima, self.first_update_maxima = np.zeros(maxima_shape), np.zeros(maxima_shape)
@@ -120,14 +121,25 @@ class Tally:
             metrics[f"{source}/ratio_mean"] = _mean(ratio["ratio"], ratio["live"])
             metrics[f"{source}/ratio_max"] = float(self.first_update_maxima[position, MAXIMA.index("ratio")])
             metrics[f"{source}/clip_fraction"] = _mean(every["clipped"], every["live"])
-            metrics |= {f"{source}/{name}": value for name, value in _against_sampler(first).items()}
-        learner = SOURCES.index(Source.LEARNER)
-        gap = dict(zip(SUMS, self.first_visit[learner]))
-        if gap["tokens"]:
-            largest = float(self.first_visit_maxima[learner, MAXIMA.index("gap")])
-            metrics["sampling/sampling_logp_difference/mean"] = _mean(gap["gap"], gap["tokens"])
-            metrics["sampling/sampling_logp_difference/max"] = largest
-        return metrics
+            metrics[f"{source}/masked_fraction"] = _mean(first["masked"], first["tokens"])
+            metrics[f"{source}/weight_mean"] = _mean(first["weight"], first["tokens"])
+            if not _renormalised(self.config, source):
+                metrics |= {f"{source}/{name}": value for name, value in _against_sampler(first).items()}
+        return metrics | self._sampling_gap()
+
+    def _sampling_gap(self) -> dict[str, float]:
+        """|log π_old − log μ| of learner rows. Where no pass scores π_old, only the first update's π_θ is π_old."""
+        scored, learner = self.config.correction.learner.needs_old, SOURCES.index(Source.LEARNER)
+        sums, maxima = (
+            (self.first_visit, self.first_visit_maxima) if scored else (self.first_update, self.first_update_maxima)
+        )
+        gap = dict(zip(SUMS, sums[learner]))
+        if not gap["tokens"] or _renormalised(self.config, Source.LEARNER):
+            return {}
+        return {
+            "sampling/sampling_logp_difference/mean": _mean(gap["gap"], gap["tokens"]),
+            "sampling/sampling_logp_difference/max": float(maxima[learner, MAXIMA.index("gap")]),
+        }
 
 
 def overall_metrics(sums_SK: np.ndarray) -> dict[str, float]:
@@ -150,9 +162,13 @@ def _against_sampler(first: Mapping[str, float]) -> dict[str, float]:
         "ess": _mean(first["importance"] ** 2, spread),
         "kl_k1": _mean(first["k1"], count),
         "kl_k3": _mean(first["k3"], count),
-        "masked_fraction": _mean(first["masked"], count),
-        "weight_mean": _mean(first["weight"], count),
     }
+
+
+def _renormalised(config: Config, source: Source) -> bool:
+    """Under top_p or top_k, μ is over other tokens than π: no ratio and no difference of the two means anything."""
+    settings = config.explorer if source is Source.EXPLORER else config.rollout
+    return settings.top_p < 1 or settings.top_k > 0
 
 
 def _mean(total: float, count: float) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.config import Correction, SourceCorrection
+from core.config import Config, Correction, Explorer, SourceCorrection
 from core.schema import Source
 from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure
 from trainer.micro_batch import MicroBatch
@@ -64,7 +64,7 @@ def measured():
 
 
 def test_one_update_by_hand():
-    tally = Tally()
+    tally = Tally(Config())
     tally.add(*measured(), first_visit=True, num_tokens=10)
     metrics = tally.metrics()
     explorer = [n - m for n, m in zip(NOW[:2], MU[:2])]
@@ -99,7 +99,7 @@ def test_one_update_by_hand():
 
 def test_later_updates_count_for_clipping_only():
     sums, maxima = measured()
-    tally = Tally()
+    tally = Tally(Config())
     tally.add(sums, maxima, first_visit=True, num_tokens=10)
     first = tally.metrics()
     tally.add(3 * sums, 5 * maxima, first_visit=True, num_tokens=10)
@@ -121,7 +121,7 @@ def test_the_ratio_is_that_of_the_first_update_with_the_source():
     sums, maxima = measured()
     explorer_only, learner_only = sums.copy(), sums.copy()
     explorer_only[1], learner_only[0] = 0, 0
-    tally = Tally()
+    tally = Tally(Config())
     tally.add(explorer_only, maxima * [[1], [0]], first_visit=True, num_tokens=10)
     assert not [name for name in tally.metrics() if name.startswith("learner/")]
     tally.add(learner_only, maxima * [[0], [1]], first_visit=True, num_tokens=10)
@@ -131,4 +131,29 @@ def test_the_ratio_is_that_of_the_first_update_with_the_source():
 
 
 def test_a_step_without_updates_has_no_division_by_zero():
-    assert Tally().metrics()["kl"] == 0.0
+    assert Tally(Config()).metrics()["kl"] == 0.0
+
+
+def test_without_scores_the_gap_to_the_sampler_is_that_of_the_first_update():
+    """Later updates see π_θ, which moved: that is no sign of stale weights."""
+    sums, maxima = measured()
+    moved = sums.copy()
+    moved[:, SUMS.index("gap")] += 100.0
+    for weight, expected in (("token_tis", (sums + moved, 7.0)), ("none", (sums, 1.0))):
+        learner = SourceCorrection(anchor="sampler", weight=weight)
+        tally = Tally(Config(correction=Correction(learner=learner)))
+        tally.add(sums, maxima, first_visit=True, num_tokens=10)
+        tally.add(moved, 7 * maxima, first_visit=True, num_tokens=10)
+        metrics = tally.metrics()
+        gap, tokens = (expected[0][1, SUMS.index(name)] for name in ("gap", "tokens"))
+        assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(gap / tokens)
+        assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(expected[1])
+
+
+def test_a_truncated_sampler_is_compared_with_nothing():
+    explorer = Explorer(top_p=0.9)
+    tally = Tally(Config(explorer=explorer))
+    tally.add(*measured(), first_visit=True, num_tokens=10)
+    metrics = tally.metrics()
+    assert not {"explorer/ess", "explorer/kl_k1", "explorer/kl_k3"} & metrics.keys()
+    assert {"explorer/ratio_mean", "explorer/weight_mean", "learner/ess", "learner/kl_k1"} <= metrics.keys()
