@@ -30,7 +30,7 @@ class Saver:
         """Write the checkpoint of `step`, unless it is written. A disk that is full is said, and no error."""
         if step == self.saved_step:
             return
-        written = None
+        written = WRITTEN if self.learner.world.is_main else None  # a replay has nothing to write
         if self.rollouts is None or self.recorder is None:
             self.learner.save_model(None)
             self.learner.save_state(None)

@@ -36,10 +36,11 @@ class Rollouts:
 class World:
     """Rank 0 runs first here, and says what it broadcasts to the other."""
 
-    def __init__(self):
-        self.said = []
+    def __init__(self, said, *, is_main):
+        self.said, self.is_main = said, is_main
 
     def broadcast_bytes(self, payload):
+        assert (payload is not None) == self.is_main
         if payload is not None:
             self.said.append(payload)
         return self.said[-1]
@@ -74,8 +75,9 @@ def test_every_rank_makes_the_same_collectives_whatever_the_disk_does(monkeypatc
         check("rename")
 
     monkeypatch.setattr(saving, "write_checkpoint", write)
-    world = World()
-    main, other, recorder = Learner(world), Learner(world), Recorder()
+    said: list[bytes] = []
+    main, other = (Learner(World(said, is_main=is_main)) for is_main in (True, False))
+    recorder = Recorder()
     savers = [
         Saver(Path(), main, Rollouts(), recorder, keep=1),
         Saver(Path(), other, None, None, keep=1),
