@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paper.experiments import ARMS
+from bench.paper.intervals import interval
 from bench.paper.results import Result, Rows, curve
-from bench.paper.statistics import interval
 
 COLOURS = ("#2459c7", "#d2691e", "#17897a", "#8b5fbf", "#cf5548", "#68707a", "#3f9b5f", "#b08b2e")
 METHODS = ("grpo", "s2l", "self")  # the first colours are theirs on every plot, dashed in another setting

@@ -6,7 +6,7 @@ abrupt switch of equal samples, and directories of models and recorded completio
 
 from typing import Literal, NamedTuple
 
-from bench.paper.statistics import Rule
+from bench.paper.intervals import Rule
 
 Statistic = Literal["final", "early", "curve", "regress", "pass8", "ood", "matched"]
 STATISTICS: dict[Statistic, str] = {

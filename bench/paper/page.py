@@ -10,8 +10,8 @@ from typing import Any
 
 from bench.paper import charts
 from bench.paper.experiments import EXPERIMENTS, Experiment
+from bench.paper.intervals import Interval, Verdict
 from bench.paper.results import Result, Row, Rows, by_arm, results, size_results, verdict_of
-from bench.paper.statistics import Interval, Verdict
 from bench.paper.tables import arms_table, compute_table, corrections_table, facts_table, search_table, sizes_table
 
 TEMPLATE = Path(__file__).with_name("template.html")

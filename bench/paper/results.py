@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.paper.experiments import ARMS, STATISTICS, Comparison, Experiment, Statistic
+from bench.paper.intervals import Interval, Rule, Verdict, at_compute, combine, interval, judge, paired
 from bench.paper.runs import Finished
-from bench.paper.statistics import Interval, Rule, Verdict, at_compute, combine, interval, judge, paired
 
 # Means over the training lines of a run; those of the explorer's rows are over the steps that have some.
 MEANS = (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.paper.statistics import Interval, at_compute, combine, interval, judge, paired
+from bench.paper.intervals import Interval, at_compute, combine, interval, judge, paired
 
 
 def test_interval_is_students():
