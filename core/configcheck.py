@@ -6,6 +6,7 @@ from pathlib import Path
 from core.anneal import Quota, quota_at
 from core.batchcheck import batch_problems, rank_problems
 from core.config import Config, SourceCorrection
+from core.configeffect import effect_problems
 from core.configkeys import ConfigError
 from core.pace import driver_problems
 from core.storefolder import folder_problem
@@ -25,7 +26,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
     """
     checks = (_schedule, batch_problems, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
-    problems += [*driver_problems(config), *rank_problems(config, world_size)]
+    problems += [*driver_problems(config), *rank_problems(config, world_size), *effect_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
