@@ -11,7 +11,7 @@ from core.anneal import quota_at
 from core.config import Config, Learner
 from core.configcheck import check_config, check_paths
 from core.configfile import ConfigError, load_config, parse_command, write_resolved
-from core.confighelp import explain, help_text
+from core.confighelp import TABLES, explain, help_text
 from core.configkeys import all_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -311,6 +311,14 @@ def test_help_names_every_key_its_default_and_its_type():
     assert "Training steps T. (an integer >= 1)" in words
     assert 'anchor = "sampler"' in words
     assert "--dry-run" in words
+
+
+def test_help_says_what_each_table_is_about_and_breaks_no_word():
+    for width in (80, 120):
+        lines = help_text(width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert [line.split("]")[0][1:] for line in lines if line.startswith("[")] == list(TABLES)
+        assert not [line for line in lines if line.endswith("-")]
 
 
 def test_help_wins_over_everything_else():
