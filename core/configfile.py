@@ -18,19 +18,19 @@ __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_reso
 RESOLVED_FILE = "config.resolved.json"
 USAGE = (
     "torchrun [--nproc-per-node N] trainer/main.py [configs/NAME.toml] [section.key=value ...] "
-    "[--dry-run] [--resume] [--clean] [--replay RUN] [--help]"
+    "[--dry-run] [--resume] [--clean] [--replay RUN] [--help [WORD ...]]"
 )
 FLAGS = {
     "--dry-run": "check everything, print what would run, start nothing",
     "--resume": "continue the run in run.dir from its newest verified checkpoint",
     "--clean": "delete the run in run.dir first",
     "--replay": "RUN: train again on what that run consumed, into RUN-replay",
-    "--help": "print this and every key",
+    "--help": "print this and every key; with words, the keys that have one in their name",
 }
 
 
 class Command(NamedTuple):
-    """What the user asked for. `path` is None where no file was named.
+    """What the user asked for. `path` is None where no file was named; `words` are those of --help WORD.
 
     Example: Command(config=Config(), dry_run=True, resume=False, clean=False, help=False, path=None)
     """
@@ -42,6 +42,7 @@ class Command(NamedTuple):
     help: bool
     path: Path | None
     replay: Path | None = None
+    words: tuple[str, ...] = ()
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
@@ -53,7 +54,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
     arguments, replay = _take_replay(arguments)
     flags = {argument for argument in arguments if argument.startswith("-")}
     if "--help" in flags or "-h" in flags:
-        return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None)
+        asked_for = _help_words(arguments)
+        return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None, words=asked_for)
     for flag in sorted(flags - FLAGS.keys()):
         raise ConfigError(f"unknown option {flag}{did_you_mean(flag, FLAGS)}\nusage: {USAGE}")
     if {"--resume", "--clean"} <= flags:
@@ -72,6 +74,12 @@ def parse_command(arguments: Sequence[str]) -> Command:
     config = load_config(path, overrides, base)
     check_config(config)
     return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path, replay)
+
+
+def _help_words(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What is asked about: names after --help, without values; a file is none."""
+    after = arguments[min(place for place, word in enumerate(arguments) if word in ("--help", "-h")) + 1 :]
+    return tuple(word.partition("=")[0].strip() for word in after if word[:1] != "-" and not word.endswith(".toml"))
 
 
 def _take_replay(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

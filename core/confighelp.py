@@ -2,7 +2,7 @@
 
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import msgspec
@@ -10,7 +10,8 @@ import msgspec
 from core.config import Config
 from core.configcheck import all_quotas
 from core.configfile import FLAGS, USAGE
-from core.configkeys import Key, all_keys, section_of
+from core.confighints import ALIASES, meant
+from core.configkeys import ConfigError, Key, all_keys, section_of
 from core.pace import SIGNALS
 
 TABLES = {  # table → what it is about
@@ -32,9 +33,15 @@ TABLES = {  # table → what it is about
 }
 
 
-def help_text(width: int | None = None) -> str:
-    """Usage, flags and every key with its default, its type and its sentence, wrapped at `width` columns."""
+def help_text(width: int | None = None, words: Sequence[str] = ()) -> str:
+    """Usage, flags and every key with its default, its type and its sentence, wrapped at `width` columns.
+
+    With `words`, only the keys that have one of them in their name, or may be meant by it; else those with one in
+    their sentence. Raises ConfigError where there is none either.
+    """
     width = width or min(shutil.get_terminal_size().columns, 110)
+    if words:
+        return "\n".join(_entries(_keys_about(words), width)).strip()
     lines = textwrap.wrap(f"usage: {USAGE}", width, subsequent_indent="       ", break_on_hyphens=False)
     lines += [
         "",
@@ -44,6 +51,17 @@ def help_text(width: int | None = None) -> str:
     for flag, sentence in FLAGS.items():
         lines += textwrap.wrap(f"  {flag:<12}{sentence}", width, subsequent_indent=" " * 14)
     return "\n".join([*lines, *_entries(all_keys().values(), width)])
+
+
+def _keys_about(words: Sequence[str]) -> list[Key]:
+    keys = all_keys()
+    called = {name for word in words for name in ALIASES.get(word, ())}
+    found = [name for name in keys if name in called or any(word in name for word in words)]
+    found = found or [name for name in keys if any(name in meant(word, keys) for word in words)]
+    found = found or [name for name in keys if any(word.lower() in keys[name].sentence.lower() for word in words)]
+    if not found:
+        raise ConfigError(f"--help {' '.join(words)}: no key has that in its name or its description")
+    return [keys[name] for name in found]
 
 
 def _entries(keys: Iterable[Key], width: int) -> Iterator[str]:

@@ -97,10 +97,15 @@ def asked(found: Sequence[str]) -> str:
 
 def key_hint(name: str, keys: Iterable[str]) -> str:
     """`; did you mean KEY?` for the unknown key `name`, such as learner.lr; empty where nothing fits."""
+    return asked(meant(name, keys))
+
+
+def meant(name: str, keys: Iterable[str]) -> Sequence[str]:
+    """The keys, or a [table], that the unknown key `name` may stand for."""
     known = list(keys)
     table, leaf = section_of(name), _leaf(name)
     tables = [one for one in map(section_of, known) if one.count(".") == name.count(".")]
-    return asked(
+    return (
         _same_leaf(table, leaf, known)
         or ALIASES.get(f"{_leaf(table)}.{leaf}")
         or ALIASES.get(leaf)

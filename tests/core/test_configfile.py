@@ -321,6 +321,31 @@ def test_help_says_what_each_table_is_about_and_breaks_no_word():
         assert not [line for line in lines if line.endswith("-")]
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["loss.kl_coef"], ["loss.kl_coef"]),
+        (["lora"], ["learner.lora_rank", "learner.lora_alpha"]),
+        (["lora_rank", "grad_clip"], ["learner.grad_clip", "learner.lora_rank"]),
+        (["learner.lr=3e-4"], ["learner.learning_rate"]),  # as verl calls it
+        (["num_generations"], ["algorithm.group_size"]),
+        (["stpes"], ["algorithm.steps"]),
+        (["gspo"], ["loss.ratio"]),  # in its sentence
+        (["configs/tiny.toml", "run.", "--dry-run"], ["run.dir", "run.seed", "run.device", "run.threads"]),
+    ],
+)
+def test_help_of_words_is_of_the_keys_that_they_name(words, shown):
+    text = help_text(80, parse_command(["configs/tiny.toml", "run.seed=1", "--help", *words]).words)
+    assert re.findall(r"^  (\S+) = ", text, re.MULTILINE) == shown
+    assert "usage" not in text
+
+
+def test_help_of_a_word_that_nothing_has_is_an_error():
+    with pytest.raises(ConfigError, match="--help banana: no key has that"):
+        help_text(80, ["banana"])
+    assert parse_command(["run.seed=1", "--help"]).words == ()
+
+
 def test_help_wins_over_everything_else():
     assert parse_command(["--help", "nonsense=1", "--what"]).help
     assert parse_command(["-h"]).help
