@@ -6,8 +6,10 @@ from pathlib import Path
 from core.anneal import Quota, quota_at
 from core.batchcheck import batch_problems, rank_problems
 from core.config import Config, SourceCorrection
+from core.configeffect import effect_problems
 from core.configkeys import ConfigError
 from core.pace import driver_problems
+from core.storefolder import folder_problem
 
 EMBEDDED = "embedded:"
 EMBEDDED_DATA = ("embedded:countdown",)
@@ -20,18 +22,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 def check_config(config: Config, world_size: int = 1) -> None:
     """Raise ConfigError, one line per problem, unless the settings can run together on `world_size` trainer ranks.
 
-    Reads no file: `check_paths` does.
+    Looks at no file: `check_paths` does.
     """
     checks = (_schedule, batch_problems, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
-    problems += [*driver_problems(config), *rank_problems(config, world_size)]
+    problems += [*driver_problems(config), *rank_problems(config, world_size), *effect_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def check_paths(config: Config) -> None:
-    """Raise ConfigError for models, data and keys that the run will read and that are not there."""
-    problems = list(_missing_paths(config))
+    """Raise ConfigError for models, data and keys that are not there, and a store that is a folder of other files."""
+    problems = list(_path_problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -189,7 +191,7 @@ def _evaluation(config: Config) -> Iterator[str]:
         )
 
 
-def _missing_paths(config: Config) -> Iterator[str]:
+def _path_problems(config: Config) -> Iterator[str]:
     models = {"learner.model": config.learner.model}
     if explorer_needed(config):
         models["explorer.model"] = config.explorer.model
@@ -201,3 +203,5 @@ def _missing_paths(config: Config) -> Iterator[str]:
             yield f'{key} = "{file}": no such parquet file'
     if config.stream.keys and not Path(config.stream.keys).is_dir():
         yield f'stream.keys = "{config.stream.keys}": no such directory: make it with python -m rollout.keys'
+    if config.explorer.store and explorer_needed(config) and (problem := folder_problem(Path(config.explorer.store))):
+        yield problem

@@ -1,6 +1,5 @@
 """From a command line to a checked `Config`: TOML file, dotted overrides, and errors that say what to type instead."""
 
-import difflib
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ import msgspec
 
 from core.config import Config
 from core.configcheck import check_config
+from core.confighints import asked, did_you_mean, key_hint, near
 from core.configkeys import ConfigError, Key, all_keys, section_of
 
 __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_resolved"]
@@ -18,19 +18,19 @@ __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_reso
 RESOLVED_FILE = "config.resolved.json"
 USAGE = (
     "torchrun [--nproc-per-node N] trainer/main.py [configs/NAME.toml] [section.key=value ...] "
-    "[--dry-run] [--resume] [--clean] [--replay RUN] [--help]"
+    "[--dry-run] [--resume] [--clean] [--replay RUN] [--help [WORD ...]]"
 )
 FLAGS = {
     "--dry-run": "check everything, print what would run, start nothing",
     "--resume": "continue the run in run.dir from its newest verified checkpoint",
     "--clean": "delete the run in run.dir first",
     "--replay": "RUN: train again on what that run consumed, into RUN-replay",
-    "--help": "print this and every key",
+    "--help": "print this and every key; with words, the keys that have one in their name",
 }
 
 
 class Command(NamedTuple):
-    """What the user asked for. `path` is None where no file was named.
+    """What the user asked for. `path` is None where no file was named; `words` are those of --help WORD.
 
     Example: Command(config=Config(), dry_run=True, resume=False, clean=False, help=False, path=None)
     """
@@ -42,6 +42,7 @@ class Command(NamedTuple):
     help: bool
     path: Path | None
     replay: Path | None = None
+    words: tuple[str, ...] = ()
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
@@ -53,14 +54,17 @@ def parse_command(arguments: Sequence[str]) -> Command:
     arguments, replay = _take_replay(arguments)
     flags = {argument for argument in arguments if argument.startswith("-")}
     if "--help" in flags or "-h" in flags:
-        return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None)
+        asked_for = _help_words(arguments)
+        return Command(Config(), dry_run=False, resume=False, clean=False, help=True, path=None, words=asked_for)
     for flag in sorted(flags - FLAGS.keys()):
-        raise ConfigError(f"unknown option {flag}{_did_you_mean(flag, FLAGS)}\nusage: {USAGE}")
+        raise ConfigError(f"unknown option {flag}{did_you_mean(flag, FLAGS)}\nusage: {USAGE}")
     if {"--resume", "--clean"} <= flags:
         raise ConfigError("--resume continues a run and --clean deletes it: give one of them")
     words = [argument for argument in arguments if argument not in flags]
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word]
+    for word in sorted(all_keys().keys() & set(files)):
+        raise ConfigError(f"{word} has no value: write {word}=VALUE, without blanks around =")
     if len(files) > 1:
         raise ConfigError(f"one configuration file at most, got {', '.join(files)}\nusage: {USAGE}")
     path = Path(files[0]) if files else None
@@ -70,6 +74,12 @@ def parse_command(arguments: Sequence[str]) -> Command:
     config = load_config(path, overrides, base)
     check_config(config)
     return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path, replay)
+
+
+def _help_words(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What is asked about: names after --help, without values; a file is none."""
+    after = arguments[min(place for place, word in enumerate(arguments) if word in ("--help", "-h")) + 1 :]
+    return tuple(word.partition("=")[0].strip() for word in after if word[:1] != "-" and not word.endswith(".toml"))
 
 
 def _take_replay(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -108,7 +118,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: C
         for name, value in _flatten(_read_toml(path), keys, str(path)):
             given[name] = _checked(keys[name], value, str(path))
     for override in overrides:
-        name, text = override.split("=", 1)
+        name, text = _halves(override)
         _require_key(name, keys, f'argument "{override}"')
         given[name] = _checked(keys[name], _value_of(keys[name], text), "command line")
     tree = msgspec.to_builtins(base or Config())
@@ -121,6 +131,12 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: C
     return msgspec.convert(tree, Config)
 
 
+def _halves(override: str) -> tuple[str, str]:
+    """Name and value. Blanks around = are none of either; without one before it, they are the value's."""
+    name, text = override.split("=", 1)
+    return name.strip(), text.strip() if name != name.rstrip() else text
+
+
 def write_resolved(config: Config, path: Path) -> None:
     """The whole configuration as indented JSON."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
@@ -128,9 +144,10 @@ def write_resolved(config: Config, path: Path) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), [str(file) for file in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; expected FILE.toml or section.key=value"
-        raise ConfigError(f"no configuration file {path}{hint}")
+        found = [
+            str(path.parent / name) for name in near(path.name, [file.name for file in path.parent.glob("*.toml")])
+        ]
+        raise ConfigError(f"no configuration file {path}{asked(found) or '; expected FILE.toml or section.key=value'}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -159,22 +176,15 @@ def _require_key(name: str, keys: Mapping[str, Key], origin: str) -> None:
         raise ConfigError(f"{origin}: {name} is a table, not a value\nits keys: {_leaves(within)}")
     section = section_of(name)
     siblings = [key for key in keys if section_of(key) == section]
-    same_leaf = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = _did_you_mean(name, siblings) or _did_you_mean(name, same_leaf, cutoff=0.0) or _did_you_mean(name, keys)
     if siblings:
         listing = f"keys of [{section}]: {_leaves(siblings)}"
     else:
         listing = "tables: " + ", ".join(dict.fromkeys(section_of(key) for key in keys))
-    raise ConfigError(f"{origin}: unknown key {name}{hint}\n{listing}")
+    raise ConfigError(f"{origin}: unknown key {name}{key_hint(name, keys)}\n{listing}")
 
 
 def _leaves(names: Sequence[str]) -> str:
     return ", ".join(name.rpartition(".")[2] for name in names)
-
-
-def _did_you_mean(word: str, choices: Mapping[str, Any] | Sequence[str], cutoff: float = 0.6) -> str:
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _value_of(key: Key, text: str) -> Any:
@@ -193,7 +203,7 @@ def _checked(key: Key, value: Any, origin: str) -> Any:
     try:
         converted = msgspec.convert(value, key.annotation)
     except msgspec.ValidationError as error:
-        hint = _did_you_mean(value, key.choices, cutoff=0.7) if isinstance(value, str) else ""
+        hint = did_you_mean(value, key.choices) if isinstance(value, str) else ""
         raise ConfigError(f"{key.name} = {_show(value)} ({origin}): expected {key.expected}{hint}") from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ConfigError(f"{key.name} = {value} ({origin}): expected {key.expected}, and finite")

@@ -2,7 +2,7 @@
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import msgspec
@@ -10,35 +10,78 @@ import msgspec
 from core.config import Config
 from core.configcheck import all_quotas
 from core.configfile import FLAGS, USAGE
-from core.configkeys import Key, all_keys, section_of
+from core.confighints import ALIASES, meant
+from core.configkeys import ConfigError, Key, all_keys, section_of
 from core.pace import SIGNALS
 
+TABLES = {  # table → what it is about
+    "run": "the run's directory, seed and device",
+    "algorithm": "steps, groups and batches, and the explorer's part in them",
+    "loss": "the policy loss, its clips, KL penalty and entropy bonus",
+    "correction.explorer": "ratio and weight of explorer rows (docs/ratios.md)",
+    "correction.learner": "ratio and weight of learner rows",
+    "correction": "explorer rows with A < 0",
+    "learner": "the model that trains: optimizer, memory, sharding, LoRA",
+    "explorer": "the frozen small model and how it samples",
+    "rollout": "generation: engine, the learner's sampling, limits of length",
+    "placement": "which process runs on which GPU (docs/cluster.md)",
+    "stream": "between trainer and workers: address, keys, limits, timeouts",
+    "data": "training and held-out prompts, their columns and template",
+    "reward": "the reward function and the processes that run it",
+    "evaluation": "held-out pass@k and diversity",
+    "checkpoint": "how often, and how many are kept",
+}
 
-def help_text(width: int | None = None) -> str:
-    """Usage, flags and every key with its default, its type and its sentence, wrapped at `width` columns."""
+
+def help_text(width: int | None = None, words: Sequence[str] = ()) -> str:
+    """Usage, flags and every key with its default, its type and its sentence, wrapped at `width` columns.
+
+    With `words`, only the keys that have one of them in their name, or may be meant by it; else those with one in
+    their sentence. Raises ConfigError where there is none either.
+    """
     width = width or min(shutil.get_terminal_size().columns, 110)
-    lines = textwrap.wrap(f"usage: {USAGE}", width, subsequent_indent="       ")
+    if words:
+        return "\n".join(_entries(_keys_about(words), width)).strip()
+    lines = textwrap.wrap(f"usage: {USAGE}", width, subsequent_indent="       ", break_on_hyphens=False)
     lines += [
         "",
         *_wrapped("With no argument: the embedded default, which needs no model, no data and no GPU.", width, ""),
         "",
     ]
-    lines += [f"  {flag:<12}{sentence}" for flag, sentence in FLAGS.items()]
-    for section, keys in groupby(all_keys().values(), key=lambda key: section_of(key.name)):
-        lines += ["", f"[{section}]"]
-        for key in keys:
-            lines += _entry(key, width)
-    return "\n".join(lines)
+    for flag, sentence in FLAGS.items():
+        lines += textwrap.wrap(f"  {flag:<12}{sentence}", width, subsequent_indent=" " * 14)
+    return "\n".join([*lines, *_entries(all_keys().values(), width)])
 
 
-def _entry(key: Key, width: int) -> Iterator[str]:
-    default = msgspec.json.encode(key.default).decode()
-    yield f"  {key.name} = {default}"
-    yield from _wrapped(f"{key.sentence} ({key.expected})", width, "      ")
+def _keys_about(words: Sequence[str]) -> list[Key]:
+    keys = all_keys()
+    called = {name for word in words for name in ALIASES.get(word, ())}
+    found = [name for name in keys if name in called or any(word in name for word in words)]
+    found = found or [name for name in keys if any(name in meant(word, keys) for word in words)]
+    found = found or [name for name in keys if any(word.lower() in keys[name].sentence.lower() for word in words)]
+    if not found:
+        raise ConfigError(f"--help {' '.join(words)}: no key has that in its name or its description")
+    return [keys[name] for name in found]
+
+
+def _entries(keys: Iterable[Key], width: int) -> Iterator[str]:
+    for table, members in groupby(keys, key=lambda key: section_of(key.name)):
+        yield ""
+        yield f"[{table}]  {TABLES[table]}"
+        for key in members:
+            yield f"  {key.name} = {msgspec.json.encode(key.default).decode()}"
+            yield from _wrapped(f"{key.sentence} ({key.expected})", width, "      ")
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def explain(config: Config) -> list[str]:

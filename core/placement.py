@@ -69,7 +69,7 @@ def place(config: Config, gpus: int, *, ranks: int = 1, engines: bool = True) ->
         "learner": config.rollout.processes if engines else 0,
         "explorer": config.explorer.processes if engines and explorer_needed(config) else 0,
     }
-    problems = _wrong_lists(named, gpus, ranks, processes, width) + _wrong_engine(config)
+    problems = _wrong_lists(named, gpus, ranks, processes, width)
     if problems:
         raise ConfigError("\n".join(problems))
     taken = {gpu for chosen in named.values() if chosen != "auto" for gpu in chosen}
@@ -122,16 +122,6 @@ def _wrong_lists(named: Named, gpus: int, ranks: int, processes: dict[str, int],
         elif any(len(set(block)) < width for block in _cut(chosen, width)):
             problems.append(f"{what}: a GPU stands twice in one block of rollout.tensor_parallel = {width}")
     return list(dict.fromkeys(problems))
-
-
-def _wrong_engine(config: Config) -> list[str]:
-    width = config.rollout.tensor_parallel
-    if config.engine == "torch" and width > 1:
-        return [
-            f'rollout.tensor_parallel = {width} with rollout.engine = "torch", which runs on one GPU: use '
-            "rollout.engine=vllm, or rollout.tensor_parallel=1 and more rollout.processes"
-        ]
-    return []
 
 
 def _blocks(

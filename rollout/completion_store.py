@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from core.schema import Sampling
 from core.seeds import recorded_seed
+from core.storefolder import IDENTITY_FILE, folder_problem, made_by_store
 
 FORMAT = 1
-IDENTITY_FILE = "store.json"
 SCHEMA = pa.schema(
     [
         ("prompt_uid", pa.string()),
@@ -66,15 +66,21 @@ class CompletionStore:
 
     What other runs add after this one opened the store is not seen.
 
-    Raises ValueError where the store holds completions of another identity, or a file that cannot be read.
+    Raises ValueError where the directory holds other files and is no store, or cannot be written; where the store holds
+    completions of another identity, or a file that cannot be read.
 
     Example: store = CompletionStore(Path("stores/countdown"), identity); ("7f3a", 0) in store
     """
 
     def __init__(self, directory: Path, identity: Identity) -> None:
         self.directory, self.identity = directory, identity
-        directory.mkdir(parents=True, exist_ok=True)
-        _claim(directory / IDENTITY_FILE, identity)
+        if problem := folder_problem(directory):
+            raise ValueError(problem)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _claim(directory / IDENTITY_FILE, identity)
+        except OSError as error:
+            raise ValueError(f"explorer.store: {error}: choose another folder") from error
         self._places: dict[tuple[str, int], tuple[Path, int]] = {}
         self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
         for file in sorted(directory.glob("*.parquet")):
@@ -143,6 +149,8 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         table = pq.read_table(file, columns=columns or SCHEMA.names)
     except (pa.ArrowInvalid, OSError) as error:
+        if not made_by_store(file.name):
+            raise ValueError(f"explorer.store: {file} is no file that a store writes: move it out of there") from error
         raise ValueError(f"explorer.store: {file} cannot be read ({error}); delete it: it is made again") from error
     return table.combine_chunks()
 

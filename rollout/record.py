@@ -105,11 +105,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         config = parse_command(options.settings).config
-        check_paths(config)
         config = msgspec.structs.replace(
             config, explorer=msgspec.structs.replace(config.explorer, store=options.record)
         )
         check_config(config)
+        check_paths(config)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(config.run.threads))  # torch, which reads it, is imported later
         from rollout.worker import load_engine

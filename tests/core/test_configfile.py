@@ -11,7 +11,7 @@ from core.anneal import quota_at
 from core.config import Config, Learner
 from core.configcheck import check_config, check_paths
 from core.configfile import ConfigError, load_config, parse_command, write_resolved
-from core.confighelp import explain, help_text
+from core.confighelp import TABLES, explain, help_text
 from core.configkeys import all_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -157,6 +157,11 @@ def test_a_wrong_file_names_file_key_and_value(tmp_path, text, parts):
         ),
         (["learner.model=embedded:large"], ["embedded:learner, embedded:explorer"]),
         (["data.train=embedded:sums"], ["embedded:countdown"]),
+        (
+            ["rollout.tensor_parallel=2", "rollout.engine=torch"],
+            ["rollout.engine=vllm", "rollout.tensor_parallel at 1"],
+        ),
+        (["rollout.tensor_parallel=2"], ["the torch engine"]),  # of the embedded models
         (["reward.function=maths"], ["module:function"]),
         (["reward.function=math"], ["use countdown"]),
     ],
@@ -164,6 +169,45 @@ def test_a_wrong_file_names_file_key_and_value(tmp_path, text, parts):
 def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts):
     message = error_of(*arguments)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("idle", "reason", "remedy"),
+    [
+        ("algorithm.alpha=0.5", 'algorithm.schedule = "linear"', "algorithm.schedule=constant"),
+        ("algorithm.rescue_quota=2", 'algorithm.mixing = "in_group"', "algorithm.mixing=rescue"),
+        ("algorithm.driver_low=0.1", 'algorithm.driver = "clock"', "algorithm.driver=ess"),
+        ("algorithm.driver_high=0.6", 'algorithm.driver = "clock"', "algorithm.driver=ess"),
+        ("learner.zero_stage=3", 'learner.backend = "torch"', "learner.backend=deepspeed"),
+        ("learner.recompute=selective", "learner.gradient_check", "learner.gradient_checkpointing=true"),
+        ("learner.lora_alpha=8", "learner.lora_rank = 0", "learner.lora_rank=32"),
+        ("correction.explorer.cap=3", 'correction.explorer.weight = "none"', "correction.explorer.weight=token_tis"),
+        ("correction.learner.low=0.6", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
+        ("correction.learner.high=4", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
+        ("rollout.tensor_parallel=2", "the torch engine", "rollout.engine=vllm"),
+    ],
+)
+def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, remedy):
+    key = idle.partition("=")[0]
+    default = all_keys()[key].default
+    message = error_of(idle)
+    assert f"{key} = " in message
+    assert f" has no effect with {reason}" in message
+    assert f": use {remedy}" in message
+    assert message.endswith(f"or leave {key} at {default}")
+    parse_command([idle, remedy])
+    parse_command([f"{key}={default}"])
+
+
+def test_the_quota_of_rescue_leaves_no_alpha_to_set():
+    message = error_of("algorithm.mixing=rescue", "algorithm.schedule=constant", "algorithm.alpha=0.5")
+    assert "algorithm.alpha = 0.5 has no effect" in message
+    assert "use algorithm.rescue_quota" in message
+
+
+def test_an_engine_that_is_not_decided_yet_may_spread_over_gpus():
+    words = ["rollout.tensor_parallel=2", str(CONFIGS / "qwen3_4b_to_8b.toml")]
+    assert parse_command(words).config.engine == "auto"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +311,39 @@ def test_help_names_every_key_its_default_and_its_type():
     assert "Training steps T. (an integer >= 1)" in words
     assert 'anchor = "sampler"' in words
     assert "--dry-run" in words
+
+
+def test_help_says_what_each_table_is_about_and_breaks_no_word():
+    for width in (80, 120):
+        lines = help_text(width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert [line.split("]")[0][1:] for line in lines if line.startswith("[")] == list(TABLES)
+        assert not [line for line in lines if line.endswith("-")]
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["loss.kl_coef"], ["loss.kl_coef"]),
+        (["lora"], ["learner.lora_rank", "learner.lora_alpha"]),
+        (["lora_rank", "grad_clip"], ["learner.grad_clip", "learner.lora_rank"]),
+        (["learner.lr=3e-4"], ["learner.learning_rate"]),  # as verl calls it
+        (["num_generations"], ["algorithm.group_size"]),
+        (["stpes"], ["algorithm.steps"]),
+        (["gspo"], ["loss.ratio"]),  # in its sentence
+        (["configs/tiny.toml", "run.", "--dry-run"], ["run.dir", "run.seed", "run.device", "run.threads"]),
+    ],
+)
+def test_help_of_words_is_of_the_keys_that_they_name(words, shown):
+    text = help_text(80, parse_command(["configs/tiny.toml", "run.seed=1", "--help", *words]).words)
+    assert re.findall(r"^  (\S+) = ", text, re.MULTILINE) == shown
+    assert "usage" not in text
+
+
+def test_help_of_a_word_that_nothing_has_is_an_error():
+    with pytest.raises(ConfigError, match="--help banana: no key has that"):
+        help_text(80, ["banana"])
+    assert parse_command(["run.seed=1", "--help"]).words == ()
 
 
 def test_help_wins_over_everything_else():

@@ -90,7 +90,6 @@ def test_other_nodes_have_trainer_ranks_only() -> None:
             4, 1, ("stands twice in one block",),
         ),
         (("rollout.tensor_parallel=4", "rollout.engine=vllm"), 2, 1, ("rollout.tensor_parallel = 4", "use at most 2")),
-        (("rollout.tensor_parallel=2", "rollout.engine=torch"), 4, 1, ("rollout.engine=vllm", "tensor_parallel=1")),
         (("rollout.engine=vllm", "rollout.memory_share=1"), 1, 1, ("memory_share = 1", "rollout.memory_share=0.9")),
     ],
 )  # fmt: skip

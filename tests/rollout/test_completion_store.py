@@ -4,13 +4,18 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from core.config import Algorithm, Config, Explorer, Rollout
+from core.configcheck import check_paths
+from core.configkeys import ConfigError
 from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Prompt, Sampling, Source, pack_logprobs, pack_tokens
 from rollout.completion_store import CompletionStore, Identity, Recorded
 from rollout.demand import Demand
+from rollout.record import main as record
 from rollout.reuse import Reuse
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(1,))
@@ -21,6 +26,10 @@ def row(uid: str, number: int, length: int = 3) -> Recorded:
     return Recorded(
         uid, number, np.arange(length, dtype=np.int32), np.linspace(-1, 0, length, dtype=np.float32), "stop"
     )
+
+
+def write_dataset(file: Path) -> None:
+    pq.write_table(pa.table({"messages": ["1 + 1"], "answer": ["2"]}), file)
 
 
 def demand(*, seed: int = 0, group: int = 4, store: str = "s") -> Demand:
@@ -76,8 +85,50 @@ def test_another_identity_is_refused_with_what_differs(tmp_path: Path, change: d
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = CompletionStore(tmp_path, IDENTITY).add([row("p1", 0)])
     path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match=path.name):
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read .*delete it: it is made again"):
         CompletionStore(tmp_path, IDENTITY)
+
+
+def test_nobody_is_told_to_delete_a_file_that_the_store_did_not_write(tmp_path: Path) -> None:
+    CompletionStore(tmp_path, IDENTITY)
+    write_dataset(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet is no file that a store writes: move it") as refusal:
+        CompletionStore(tmp_path, IDENTITY)
+    assert "delete it" not in str(refusal.value)
+
+
+def test_a_folder_of_other_files_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "badmsg.parquet")
+    with pytest.raises(ValueError, match=r"holds other files \(badmsg\.parquet\) and no store\.json: choose another"):
+        CompletionStore(tmp_path, IDENTITY)
+    assert [file.name for file in tmp_path.iterdir()] == ["badmsg.parquet"]
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        CompletionStore(tmp_path / "badmsg.parquet", IDENTITY)
+
+
+def test_a_run_with_a_folder_of_other_files_as_its_store_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for name in "abcd":
+        write_dataset(tmp_path / f"{name}.parquet")
+    config = Config(explorer=Explorer(store=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"explorer\.store: .*\(a\.parquet, b\.parquet, c\.parquet, …\)"):
+        check_paths(config)
+    check_paths(msgspec.structs.replace(config, algorithm=Algorithm(anneal_steps=0)))  # plain GRPO opens no store
+
+
+def test_a_folder_is_a_store_while_another_process_claims_it_and_after(tmp_path: Path) -> None:
+    (tmp_path / ".store.json.4711").write_text("{")
+    CompletionStore(tmp_path, IDENTITY).add([row("p1", 0)])
+    check_paths(Config(explorer=Explorer(store=str(tmp_path))))
+    (tmp_path / "store.json").unlink()  # whose completions they are is not known any more
+    with pytest.raises(ValueError, match=r"no store\.json"):
+        CompletionStore(tmp_path, IDENTITY)
+
+
+def test_recording_into_a_folder_of_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path / "badmsg.parquet")
+    assert record(["--record", str(tmp_path)]) == 2
+    assert "holds other files (badmsg.parquet)" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["badmsg.parquet"]
 
 
 def test_a_completion_is_named_by_prompt_and_number_whatever_the_seed_of_the_run() -> None:

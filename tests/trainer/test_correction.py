@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
-from core.config import SourceCorrection
+from core.config import Config, Correction, SourceCorrection
 from core.configcheck import check_config
+from core.configeffect import effect_problems
 from trainer.correction import (
     LUFFY_GAMMA,
+    WEIGHTS,
     Evidence,
     correction_weight,
     needs_explorer_scores,
@@ -106,6 +108,17 @@ def test_extreme_log_ratios_stay_finite(name, sign):
 @pytest.mark.parametrize("name", ["token_tis", "icepop", "sequence_tis", "geometric_mask", "mixture", "topr"])
 def test_on_policy_rows_weigh_exactly_one(name):
     assert weight(name, evidence(mu=OLD)) == [1.0] * 8
+
+
+@pytest.mark.parametrize("bound", ["cap", "low", "high"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_bound_that_is_refused_as_idle_is_one_that_the_weight_does_not_read(name, bound):
+    given, wide = evidence(share=1.0), {"cap": 1e9, "low": 0.0, "high": 1e9}
+    narrow = {bound: {"cap": 0.01, "low": 0.99, "high": 0.01}[bound]}
+    reads = weight(name, given, **wide | narrow) != weight(name, given, **wide)
+    settings = SourceCorrection(anchor="learner", weight=name, **narrow)
+    config = Config(correction=Correction(explorer=settings))
+    assert any(f"explorer.{bound} = " in problem for problem in effect_problems(config)) is not reads
 
 
 @pytest.mark.parametrize(
