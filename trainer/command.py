@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         command = parse_command(arguments)
         if command.help:
-            print(help_text())
+            print(help_text(words=command.words))
             return OK
         return run(command)
     except ConfigError as error:

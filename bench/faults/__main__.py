@@ -17,7 +17,7 @@ from bench.faults.runs import end_runs
 
 MODULES = (
     "workers", "frames", "peers", "scoring", "trainer", "stopping", "paused",
-    "checkpoints", "disk", "numbers", "soak", "cost",
+    "checkpoints", "disk", "nonfinite", "soak", "cost",
 )  # fmt: skip
 COLUMNS = ["row", "fault", "verdict", "what happened", "detection_s", "lost", "duplicated", "took_s"]
 FEW = 5  # rows that are run one after the other, in this process
