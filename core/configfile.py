@@ -16,6 +16,11 @@ from core.configkeys import ConfigError, Key, all_keys, section_of
 __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_resolved"]
 
 RESOLVED_FILE = "config.resolved.json"
+# What the groups of a record are; a replay trains them as they were.
+FIXED_BY_A_RECORD = (
+    "algorithm.group_size", "algorithm.mixing", "algorithm.prompts_per_step", "algorithm.schedule", "algorithm.alpha",
+    "algorithm.anneal_steps", "algorithm.rescue_quota", "reward.function",
+)  # fmt: skip
 USAGE = (
     "torchrun [--nproc-per-node N] trainer/main.py [configs/NAME.toml] [section.key=value ...] "
     "[--dry-run] [--resume] [--clean] [--replay RUN] [--help [WORD ...]]"
@@ -72,6 +77,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
         raise ConfigError("--replay takes the configuration from RUN, from its first step: no file, and no --resume")
     base = Config() if replay is None else _replay_config(replay)
     config = load_config(path, overrides, base)
+    if replay is not None:
+        _check_replay(replay, base, config)
     check_config(config)
     return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path, replay)
 
@@ -108,6 +115,21 @@ def _replay_config(run: Path) -> Config:
         run=msgspec.structs.replace(config.run, dir=f"{str(run).rstrip('/')}-replay"),
         data=msgspec.structs.replace(config.data, eval=""),
     )
+
+
+def _check_replay(run: Path, recorded: Config, config: Config) -> None:
+    """ConfigError where what is asked for would destroy the record, or is about what the record already fixed."""
+    here, there = Path(config.run.dir).resolve(), run.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConfigError(f"--replay: run.dir = {config.run.dir} and the run it reads, {run}, lie in one another")
+    for name in FIXED_BY_A_RECORD:
+        section, _, key = name.partition(".")
+        was, asked = (getattr(getattr(each, section), key) for each in (recorded, config))
+        if was != asked:
+            raise ConfigError(
+                f"--replay: {name} was {was!r} when {run} made its groups, which are trained again as they are: "
+                f"{asked!r} needs a run of its own"
+            )
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:

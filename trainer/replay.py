@@ -1,7 +1,7 @@
 """Train again from what a run consumed: `--replay RUN` reads RUN/rollouts/*.parquet in place of asking workers.
 
 The files hold, in the order of the updates, all of a completion that training reads: tokens, log-probs of the sampler,
-source and advantage. Prompts and weights follow from the configuration, and metrics.jsonl holds what an
+source and reward. Prompts and weights follow from the configuration, and metrics.jsonl holds what an
 algorithm.driver decided. So on the same machine, with as many ranks, a
 replay reaches the parameters of the run bit for bit, whatever its `lookahead` and whoever came first.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from core.config import Config
+from core.config import Algorithm, Config
 from core.configkeys import ConfigError
 from core.metrics import is_evaluation, read_metrics
 from core.pace import POSITION
@@ -30,6 +30,7 @@ from core.schema import (
 )
 from rollout.demand import Demand
 from rollout.fingerprint import weights_fingerprint
+from rollout.grouping import with_advantages
 from rollout.store import read_rollouts, stored_steps
 from trainer.signals import SIGNALS
 from trainer.stream import GroupStream, Rollouts
@@ -48,8 +49,7 @@ class ReplayStream(GroupStream):
         """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
         SIGNALS.check()
         with self.stages("wait"):
-            by_source = self.demand.config.algorithm.mixing == "authors_code"
-            groups = read_groups(self.run, step, self.demand.prompts_at(step), by_source=by_source)
+            groups = read_groups(self.run, step, self.demand.prompts_at(step), self.demand.config.algorithm)
         for start in range(0, len(groups), prompts or len(groups)):
             yield groups[start : start + (prompts or len(groups))]
 
@@ -86,30 +86,26 @@ def recorded_positions(run: Path, config: Config) -> dict[int, int]:
     return {step: position for step, position in found.items() if position != step}
 
 
-def read_groups(run: Path, step: int, prompts: tuple[Prompt, ...], *, by_source: bool) -> tuple[Group, ...]:
-    """The groups of one step of a run, in the order in which they trained.
+def read_groups(run: Path, step: int, prompts: tuple[Prompt, ...], algorithm: Algorithm) -> tuple[Group, ...]:
+    """The groups of one step of a run, in the order in which they trained, with the advantages that `algorithm` gives
+    to their rewards: those of the run, to the bit, where it is the run's own.
 
-    `by_source`: explorer and learner rows of a prompt are two groups (mixing authors_code).
+    Explorer and learner rows of a prompt are two groups under mixing authors_code. ValueError for other prompts.
     """
+    by_source = algorithm.mixing == "authors_code"
     rows = read_rollouts(run, step).to_pylist()
     groups = []
     for _, members in groupby(rows, key=lambda row: (row["slot"], row["source"] if by_source else "")):
         group = list(members)
-        prompt = prompts[group[0]["slot"]]
-        if prompt.uid != group[0]["prompt_uid"]:
+        first = group[0]
+        prompt = prompts[first["slot"]]
+        if (prompt.uid, prompt.text) != (first["prompt_uid"], first["prompt"]):
+            there, here = f"{first['prompt_uid']} {first['prompt']!r}", f"{prompt.uid} {prompt.text!r}"
             raise ValueError(
-                f"--replay: slot {group[0]['slot']} of step {step} is prompt {group[0]['prompt_uid']} in {run}, and "
-                f"{prompt.uid} here: keep run.seed, data.* and algorithm.prompts_per_step, and the data, as they were"
+                f"--replay: slot {first['slot']} of step {step} is prompt {there[:200]} in {run}, and {here[:200]} "
+                "here: keep run.seed, data.* and algorithm.prompts_per_step, and the data, as they were"
             )
-        groups.append(
-            Group(
-                prompt=prompt,
-                step=step,
-                slot=group[0]["slot"],
-                rows=tuple(_scored(row) for row in group),
-                advantages=tuple(row["advantage"] for row in group),
-            )
-        )
+        groups.append(with_advantages(prompt, first["slot"], [_scored(row) for row in group], algorithm))
     return tuple(groups)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import run_parts
+from msgspec.structs import replace
 from run_parts import arguments, train_here
 
 from core.configfile import parse_command
@@ -73,6 +74,27 @@ def test_a_file_or_a_resume_beside_it_is_refused(asynchronous: Path) -> None:
             parse_command(["--replay", str(asynchronous), word])
 
 
+@pytest.mark.parametrize(
+    "word", ["algorithm.mixing=authors_code", "algorithm.group_size=2", "algorithm.anneal_steps=2"]
+)
+def test_what_the_record_already_fixed_is_refused(asynchronous: Path, word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]} was .* needs a run of its own"):
+        parse_command(["--replay", str(asynchronous), word])
+
+
+@pytest.mark.parametrize("place", [".", "inside", ".."])
+def test_a_replay_never_writes_where_it_reads(asynchronous: Path, place: str) -> None:
+    """--clean would delete the record first."""
+    with pytest.raises(ConfigError, match="lie in one another"):
+        parse_command(["--replay", str(asynchronous), "--clean", f"run.dir={asynchronous / place}"])
+
+
+def test_the_same_questions_as_other_prompts_are_refused(asynchronous: Path, tmp_path: Path) -> None:
+    words = ["--replay", str(asynchronous), "data.suffix= 1", f"run.dir={tmp_path / 'c'}"]
+    with pytest.raises(ValueError, match=r"keep run\.seed, data"), Session(parse_command(words)) as session:
+        list(session.stream.parts(1))
+
+
 def test_other_prompts_and_gaps_are_refused(asynchronous: Path, tmp_path: Path) -> None:
     words = ["--replay", str(asynchronous), "run.seed=1", f"run.dir={tmp_path / 'a'}"]
     with pytest.raises(ValueError, match=r"keep run\.seed"), Session(parse_command(words)) as session:
@@ -91,8 +113,15 @@ def test_groups_read_back_as_they_were_written(asynchronous: Path) -> None:
     command = parse_command(["--replay", str(asynchronous), f"run.dir={asynchronous}-read"])
     with Session(command) as session:
         prompts = session.materials.demand.prompts_at(2)
-        groups = read_groups(asynchronous, 2, prompts, by_source=False)
-        split = read_groups(asynchronous, 2, prompts, by_source=True)
+        algorithm = session.config.algorithm
+        groups = read_groups(asynchronous, 2, prompts, algorithm)
+        split = read_groups(asynchronous, 2, prompts, replace(algorithm, mixing="authors_code"))
+        unscaled = read_groups(asynchronous, 2, prompts, replace(algorithm, advantage_scale="none"))
+    recorded = read_rollouts(asynchronous, 2, columns=["advantage", "reward"]).to_pydict()
+    assert [advantage for group in groups for advantage in group.advantages] == recorded["advantage"]
+    for group in unscaled:
+        rewards = [row.reward for row in group.rows]
+        assert group.advantages == pytest.approx([reward - sum(rewards) / len(rewards) for reward in rewards])
     assert [len(group.rows) for group in groups] == [4] * 8
     assert [len(group.rows) for group in split] == [2] * 16
     assert groups[3].prompt == prompts[3]
