@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from core.config import Config
-from core.configcheck import EMBEDDED, check_config, check_paths
+from core.configcheck import EMBEDDED, check_config, check_paths, explorer_tokens
 from core.configfile import parse_command
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Source
@@ -115,8 +115,16 @@ def main(arguments: Sequence[str]) -> int:
         from rollout.worker import load_engine
 
         def engine(model_dir: Path) -> Engine:
-            name, dtype = options.engine or config.engine, config.learner.dtype
-            return load_engine(name, model_dir, device=config.run.device, dtype=dtype)
+            rollout = config.rollout
+            return load_engine(
+                options.engine or config.engine,
+                model_dir,
+                device=config.run.device,
+                dtype=config.learner.dtype,
+                tensor_parallel_size=rollout.tensor_parallel,
+                memory_share=rollout.memory_share,
+                max_model_len=rollout.max_prompt_tokens + explorer_tokens(config),
+            )
 
         record(config, engine, options.part, lambda line: print(line, flush=True))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
