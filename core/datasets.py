@@ -35,7 +35,7 @@ BATCH_ROWS = 8192
 class Question(Noun, frozen=True, kw_only=True):
     """A question of a data set, not yet rendered for a tokenizer.
 
-    Example: Question(uid="9f0c61b27a53e844", text="What is 2+2?", answer="4", columns={"level": "1"},
+    Example: Question(uid="9f0c61b27a53e844", text="What is 2+2?", answer="4", columns={"level": 1},
                       messages=({"role": "user", "content": "What is 2+2?"},))
     """
 
@@ -43,8 +43,8 @@ class Question(Noun, frozen=True, kw_only=True):
     text: str  # the contents of the messages, for template = "plain"; no suffix yet
     messages: tuple[dict[str, str], ...]  # {"role": ..., "content": ...}, as chat templates take them
     answer: str
-    # Every other column: text as it stands, null as "", anything else as JSON.
-    columns: dict[str, str] = msgspec.field(default_factory=dict)
+    # Every other column as text, number, truth value, None, list or dict; dates and the like as ISO 8601 text.
+    columns: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Loaded(NamedTuple):
@@ -86,7 +86,7 @@ def _embedded(key: str, name: str, which: Literal["train", "eval"], seed: int) -
     return Loaded(questions, (f"{key}: {name}, {len(questions):,} problems",))
 
 
-def _question(turns: tuple[tuple[str, str], ...], answer: str, columns: dict[str, str]) -> Question:
+def _question(turns: tuple[tuple[str, str], ...], answer: str, columns: dict[str, Any]) -> Question:
     text = _text(turns)
     messages = tuple({"role": role, "content": content} for role, content in turns)
     return Question(uid=question_uid(text), text=text, messages=messages, answer=answer, columns=columns)
@@ -116,7 +116,7 @@ def _parquet(key: str, name: str, data: Data) -> Loaded:
             contradictions += answers[uid] != gold
         else:
             answers[uid] = gold
-            questions.append(_question(turns, gold, _texts(others, index)))
+            questions.append(_question(turns, gold, _values(others, index)))
         row += 1
     if not questions:
         raise ValueError(f"{key}: {name} holds no rows; give a file with at least one question")
@@ -241,9 +241,6 @@ def _golds(column: "pa.Array", path: str) -> list[str]:
     return [(text or "").rpartition("####")[2].strip() for text in column.cast(pa.string()).to_pylist()]
 
 
-def _texts(others: "pa.RecordBatch", index: int) -> dict[str, str]:
-    values = {name: others.column(name)[index].as_py() for name in others.schema.names}
-    return {
-        name: value if isinstance(value, str) else "" if value is None else msgspec.json.encode(value).decode()
-        for name, value in values.items()
-    }
+def _values(others: "pa.RecordBatch", index: int) -> dict[str, Any]:
+    # Builtins only: columns travel to scoring processes and to other ranks as msgpack.
+    return {name: msgspec.to_builtins(others.column(name)[index].as_py()) for name in others.schema.names}

@@ -1,5 +1,6 @@
-import json
+import datetime
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ import pytest
 from core.config import Data
 from core.countdown import problems
 from core.datasets import load_questions, question_uid
+from core.rewards import RewardItem
 
 
 def write(tmp_path, table, name="data.parquet", **options):
@@ -58,8 +60,8 @@ def test_dapo_as_published_with_its_duplicates(tmp_path):
     assert first.uid == question_uid(prompts[0])
     assert first.messages == ({"role": "user", "content": prompts[0]},)
     assert first.columns["data_source"] == "math_dapo"
-    assert json.loads(first.columns["extra_info"]) == {"index": "id-0"}
-    assert json.loads(first.columns["reward_model"])["ground_truth"] == "0"
+    assert first.columns["extra_info"] == {"index": "id-0"}
+    assert first.columns["reward_model"]["ground_truth"] == "0"
     assert "prompt" not in first.columns
     assert "1,700 rows, 17 questions (1,683 duplicates removed)" in loaded.report[0]
     assert loaded.report[1].endswith("prompt from column prompt, answer from column reward_model.ground_truth")
@@ -110,7 +112,7 @@ def test_benchmark_schemas_are_mapped(tmp_path, columns, text, answer):
     (question,) = load(write(tmp_path, {name: [value] for name, value in columns.items()})).questions
     assert (question.text, question.answer) == (text, answer)
     assert set(columns) - {"problem", "Problem", "question"} == set(question.columns)
-    assert all(isinstance(value, str) for value in question.columns.values())
+    assert all(question.columns[name] == columns[name] for name in question.columns)
 
 
 def test_system_turns_are_kept(tmp_path):
@@ -204,6 +206,22 @@ def test_columns_that_are_not_there(tmp_path):
         load(path, prompt_column="querry")
     with pytest.raises(ValueError, match=r'data.answer_column = "meta.glod".*did you mean "meta.gold"\?'):
         load(path, prompt_column="query", answer_column="meta.glod")
+
+
+def test_columns_keep_their_values_over_the_wire(tmp_path):
+    columns = {
+        "prompt": ["p"], "answer": ["1"], "difficulty": [2], "weight": [0.5], "hard": [True], "tags": [["a", "b"]],
+        "meta": [{"source": "x", "scores": [1, None]}], "nothing": pa.array([None], pa.string()),
+    }  # fmt: skip
+    day = pa.array([datetime.date(2026, 1, 31)])
+    (question,) = load(write(tmp_path, pa.table({**columns, "day": day}))).questions
+    expected = {
+        "answer": "1", "difficulty": 2, "weight": 0.5, "hard": True, "tags": ["a", "b"],
+        "meta": {"source": "x", "scores": [1, None]}, "nothing": None, "day": "2026-01-31",
+    }  # fmt: skip
+    assert question.columns == expected
+    item = RewardItem(prompt="", completion="", answer="", columns=question.columns)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(item), type=RewardItem).columns == expected
 
 
 def test_columns_of_other_types(tmp_path):
