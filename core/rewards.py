@@ -13,6 +13,7 @@ from core.math_answers import answers_equal, extract_answer
 from core.reward_import import import_function
 from core.schema import Noun
 
+WITH_MATH_VERIFY = ("math", "core.gold:readable", "core.strict:score_olympiad")
 TRL_GIVEN = ("prompts", "completions", "completion_ids")
 TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 
@@ -43,7 +44,7 @@ def resolve_reward(name: str) -> Reward:
     `f(data_source, solution_str, ground_truth, extra_info) -> float | {"score": float}`. The parameter names decide.
     None from any of them means: no reward. Raises ValueError for a name that leads nowhere and for other signatures.
     """
-    if name == "math":
+    if name in WITH_MATH_VERIFY:
         answers_equal("1", "1")  # loads SymPy and the grammar now rather than in the first completion's time
     if name in BUILT_IN:
         return BUILT_IN[name]

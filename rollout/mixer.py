@@ -33,7 +33,7 @@ class Starved(RuntimeError):
 
 
 class NothingToTrain(RuntimeError):
-    """Every prompt of a step was dropped."""
+    """Every prompt of a step was dropped, or every reward of an evaluation failed."""
 
 
 class Mixer:
@@ -151,14 +151,17 @@ class Mixer:
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n.
 
-        Raises ConfigError where the reward function requires columns that the prompts lack.
+        Raises ConfigError where the reward function requires columns that the prompts lack, NothingToTrain where every
+        reward failed.
         """
         self._rewards.require(prompts, "data.eval")
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
-        self._evaluation = None
-        return evaluation.by_prompt()
+        self._evaluation, rows = None, evaluation.by_prompt()
+        if not any(rows):
+            raise NothingToTrain(f"evaluation after step {step}: every reward failed: {self._rewards.failures.summary()}")
+        return rows
 
     def resume(self, step: int) -> None:
         """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""

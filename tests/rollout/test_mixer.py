@@ -387,6 +387,20 @@ def test_trouble_in_the_pool_ends_the_wait(make_world: Callable[..., World]) -> 
         world.mixer.collect(1)
 
 
+def test_an_evaluation_whose_rewards_all_fail_ends_the_run_with_the_reason(make_world: Callable[..., World]) -> None:
+    world = make_world({"u1": "learner:0 learner:1 learner:2"})
+    prompts = [prompt for prompt in world.demand.prompts_at(1) if prompt.uid == "u1"]
+    submit = world.pool.submit
+
+    def answering(leases: Sequence[Lease]) -> None:
+        submit(leases)
+        world.pool.answer()
+
+    world.pool.submit = answering  # type: ignore[method-assign]
+    with pytest.raises(NothingToTrain, match=r"evaluation after step 0: every reward failed: .* RuntimeError: as the prompt"):
+        world.mixer.evaluate(0, prompts)
+
+
 def test_evaluation_leaves_out_failed_rewards_and_touches_no_account(make_world: Callable[..., World]) -> None:
     world = make_world({"u1": "learner:0 learner:2"})
     prompts = [prompt for prompt in world.demand.prompts_at(1) if prompt.uid in ("u1", "u3")]
