@@ -160,7 +160,7 @@ class Mixer:
         self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
         self._evaluation, rows = None, evaluation.by_prompt()
         if not any(rows):
-            raise NothingToTrain(f"evaluation after step {step}: every reward failed: {self._rewards.failures.summary()}")
+            raise NothingToTrain(f"evaluation after step {step}: no reward at all: {self._rewards.failures.summary()}")
         return rows
 
     def resume(self, step: int) -> None:

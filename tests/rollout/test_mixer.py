@@ -397,7 +397,7 @@ def test_an_evaluation_whose_rewards_all_fail_ends_the_run_with_the_reason(make_
         world.pool.answer()
 
     world.pool.submit = answering  # type: ignore[method-assign]
-    with pytest.raises(NothingToTrain, match=r"evaluation after step 0: every reward failed: .* RuntimeError: as the prompt"):
+    with pytest.raises(NothingToTrain, match=r"step 0: no reward at all: .* RuntimeError: as the prompt"):
         world.mixer.evaluate(0, prompts)
 
 
