@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from core.rewards import RewardItem
-from core.scoring_worker import Outcome, Started, frame, take_replies
+from core.scoring_worker import Outcome, Started, environment, frame, take_replies
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0  # a user's module may import torch
@@ -38,6 +38,7 @@ class _Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "core.scoring_worker", *map(str, arguments)],
             cwd=REPOSITORY,
+            env=environment(),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=2,

@@ -66,6 +66,17 @@ def take_replies(received: bytearray) -> list[Outcome | Started]:
     return replies
 
 
+def environment() -> dict[str, str]:
+    """Of a scoring process: relative entries of PYTHONPATH count from the current folder, not from that of the process.
+
+    Example: subprocess.Popen(command, cwd=REPOSITORY, env=environment())
+    """
+    found = dict(os.environ)
+    if folders := found.get("PYTHONPATH"):
+        found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders.split(os.pathsep)))
+    return found
+
+
 def main(function: str, fd: str, memory_bytes: str, parent_pid: str, folder: str) -> None:
     """Score items from the socket until it closes or the parent dies."""
     _die_with(int(parent_pid))

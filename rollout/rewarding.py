@@ -117,7 +117,8 @@ class FailureLog:
 
     def _reason(self, outcome: Outcome) -> str:
         verb = " raised" if outcome.failure == "raised" else ":"
-        return f'reward.function = "{self._function}"{verb} {outcome.detail}'
+        bound = " (reward.timeout_s)" if outcome.failure == "timeout" else ""
+        return f'reward.function = "{self._function}"{verb} {outcome.detail}{bound}'
 
     def _write(self, line: str, text: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

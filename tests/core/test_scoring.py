@@ -233,6 +233,15 @@ def test_a_relative_file_and_what_it_opens_are_those_of_the_folder_where_the_run
     assert outcome.reward == 2.5
 
 
+def test_a_relative_entry_of_pythonpath_counts_from_the_folder_where_the_run_was_started(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libreward.py").write_text("def f(completions):\n    return [0.25]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    [outcome], _ = run("libreward:f", ["text"])
+    assert outcome.reward == 0.25
+
+
 def test_a_callback_that_raises_fails_the_pool_by_name():
     def broken(ticket, outcome):
         raise OSError(f"no space for {ticket}")

@@ -24,7 +24,7 @@ def test_the_first_of_each_kind_is_said_and_each_distinct_reason_is_logged(tmp_p
     log.note(("eval", KEY), "77aa", "x" * 5000, Outcome(None, "crashed", "the scoring process ended with SIGKILL"))
     assert [line.split(", first in ")[0] for line in said] == [
         "warning: reward.function = \"mine:score\" raised KeyError: 'boom' (mine.py:12)",
-        'warning: reward.function = "mine:score": no score within 10 s',
+        'warning: reward.function = "mine:score": no score within 10 s (reward.timeout_s)',
         'warning: reward.function = "mine:score": the scoring process ended with SIGKILL',
     ]
     assert "first in step 3, prompt 9f0c." in said[0]
