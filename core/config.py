@@ -163,8 +163,8 @@ class Stream(Section, frozen=True, kw_only=True):
 
 
 class Data(Section, frozen=True, kw_only=True):
-    train: Annotated[str, Meta(description="Parquet file of training prompts, or \"embedded:countdown\".", min_length=1)] = "embedded:countdown"
-    eval: Annotated[str, Meta(description="Parquet file of held-out prompts, \"embedded:countdown\", or empty for no evaluation.")] = "embedded:countdown"
+    train: Annotated[str, Meta(description="Parquet or .jsonl file of training prompts, or \"embedded:countdown\".", min_length=1)] = "embedded:countdown"
+    eval: Annotated[str, Meta(description="Parquet or .jsonl file of held-out prompts, \"embedded:countdown\", or empty for no evaluation.")] = "embedded:countdown"
     prompt_column: Annotated[str, Meta(description="Column of the prompt; auto tries prompt, problem, question, Problem.")] = "auto"
     answer_column: Annotated[str, Meta(description="Column of the answer; auto tries answer, Answer, solution, reward_model.ground_truth, …")] = "auto"
     template: Annotated[Literal["chat", "plain"], Meta(description="Render prompts with the tokenizer's chat template, or as they stand.")] = "plain"
@@ -173,7 +173,7 @@ class Data(Section, frozen=True, kw_only=True):
 
 
 class Reward(Section, frozen=True, kw_only=True):
-    function: Annotated[str, Meta(description="\"countdown\", \"math\" (math-verify), or module:function in TRL's or verl's signature.", min_length=1)] = "countdown"
+    function: Annotated[str, Meta(description="\"countdown\", \"math\" (math-verify), or module:function or path/file.py:function in TRL's or verl's signature (docs/rewards.md).", min_length=1)] = "countdown"
     workers: Annotated[int, Meta(description="Killable scoring processes.", ge=1)] = 1
     timeout_s: Annotated[float, Meta(description="Seconds one completion may take to score before its process is killed and it is dropped.", gt=0)] = 10.0
     max_tries: Annotated[int, Meta(description="Further samples drawn per prompt and source in place of completions whose reward failed, before the prompt is dropped.", ge=0)] = 3

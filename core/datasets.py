@@ -1,20 +1,19 @@
-"""Questions from the embedded task or a parquet file: columns mapped, duplicates removed, bad rows refused."""
+"""Questions from the embedded task or a data file: columns mapped, duplicates removed, bad rows refused."""
 
-import difflib
 import hashlib
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
 from core.config import Data
 from core.countdown import problems
+from core.data_files import DataFile, open_data
 from core.schema import Noun
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 EMBEDDED = "embedded:"
 PROMPT_COLUMNS = ("prompt", "problem", "question", "Problem", "Question")
@@ -29,13 +28,19 @@ ANSWER_COLUMNS = (
     "solution",
     "Solution",
 )
-BATCH_ROWS = 8192
+# The text of a list of messages, as JSON or as Python prints it.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str
 
 
 class Question(Noun, frozen=True, kw_only=True):
     """A question of a data set, not yet rendered for a tokenizer.
 
-    Example: Question(uid="9f0c61b27a53e844", text="What is 2+2?", answer="4", columns={"level": "1"},
+    Example: Question(uid="9f0c61b27a53e844", text="What is 2+2?", answer="4", columns={"level": 1},
                       messages=({"role": "user", "content": "What is 2+2?"},))
     """
 
@@ -43,8 +48,8 @@ class Question(Noun, frozen=True, kw_only=True):
     text: str  # the contents of the messages, for template = "plain"; no suffix yet
     messages: tuple[dict[str, str], ...]  # {"role": ..., "content": ...}, as chat templates take them
     answer: str
-    # Every other column: text as it stands, null as "", anything else as JSON.
-    columns: dict[str, str] = msgspec.field(default_factory=dict)
+    # Every other column as text, number, truth value, None, list or dict; dates and the like as ISO 8601 text.
+    columns: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Loaded(NamedTuple):
@@ -62,11 +67,11 @@ def question_uid(text: str) -> str:
 def load_questions(data: Data, which: Literal["train", "eval"], seed: int) -> Loaded:
     """The questions of `data.train` or `data.eval`, each once.
 
-    A parquet file is read in batches: a prompt is text or a list of {role, content} (both published forms of
-    DAPO-Math-17k), an answer is text, a number, or a list of texts. Rows that repeat a prompt are counted and left out.
-    An empty `data.eval` has no questions. `seed` makes the embedded problems.
-    Raises ValueError, naming the configuration key, for a file that is missing, empty or not parquet, for a column that
-    is not there, and for a row without prompt or answer.
+    Of a parquet or jsonl file, a prompt is text or a list of {role, content} (both published forms of DAPO-Math-17k),
+    as such or as JSON text; an answer is text, of which what follows `####` counts, a number, or a list of texts. Rows
+    that repeat a prompt are counted and left out. An empty `data.eval` has no questions. `seed` makes the embedded
+    problems. Raises ValueError, naming the configuration key, for a file that is missing, empty or of another kind, for
+    a column that is not there, and for a row without prompt or answer.
     """
     name = data.train if which == "train" else data.eval
     key = f"data.{which}"
@@ -74,7 +79,7 @@ def load_questions(data: Data, which: Literal["train", "eval"], seed: int) -> Lo
         return Loaded((), (f"{key}: none, no evaluation",))
     if name.startswith(EMBEDDED):
         return _embedded(key, name, which, seed)
-    return _parquet(key, name, data)
+    return _from_file(open_data(key, name), data)
 
 
 def _embedded(key: str, name: str, which: Literal["train", "eval"], seed: int) -> Loaded:
@@ -86,7 +91,7 @@ def _embedded(key: str, name: str, which: Literal["train", "eval"], seed: int) -
     return Loaded(questions, (f"{key}: {name}, {len(questions):,} problems",))
 
 
-def _question(turns: tuple[tuple[str, str], ...], answer: str, columns: dict[str, str]) -> Question:
+def _question(turns: tuple[tuple[str, str], ...], answer: str, columns: dict[str, Any]) -> Question:
     text = _text(turns)
     messages = tuple({"role": role, "content": content} for role, content in turns)
     return Question(uid=question_uid(text), text=text, messages=messages, answer=answer, columns=columns)
@@ -96,10 +101,10 @@ def _text(turns: tuple[tuple[str, str], ...]) -> str:
     return "\n\n".join(content for _, content in turns)
 
 
-def _parquet(key: str, name: str, data: Data) -> Loaded:
-    file = _open(key, name)
-    prompt = _column(file, name, "data.prompt_column", data.prompt_column, PROMPT_COLUMNS)
-    answer = _column(file, name, "data.answer_column", data.answer_column, ANSWER_COLUMNS)
+def _from_file(file: DataFile, data: Data) -> Loaded:
+    key, name = file.key, file.name
+    prompt = file.column("data.prompt_column", data.prompt_column, PROMPT_COLUMNS)
+    answer = file.column("data.answer_column", data.answer_column, ANSWER_COLUMNS)
     questions: list[Question] = []
     answers: dict[str, str] = {}
     duplicates = contradictions = row = 0
@@ -116,7 +121,7 @@ def _parquet(key: str, name: str, data: Data) -> Loaded:
             contradictions += answers[uid] != gold
         else:
             answers[uid] = gold
-            questions.append(_question(turns, gold, _texts(others, index)))
+            questions.append(_question(turns, gold, _values(others, index)))
         row += 1
     if not questions:
         raise ValueError(f"{key}: {name} holds no rows; give a file with at least one question")
@@ -129,57 +134,18 @@ def _parquet(key: str, name: str, data: Data) -> Loaded:
     return Loaded(tuple(questions), tuple(lines))
 
 
-def _open(key: str, name: str) -> "pq.ParquetFile":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(name).expanduser()
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f'{key} = "{name}" {found}; give a parquet file or "embedded:countdown"')
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f'{key} = "{name}" is not a parquet file ({error})') from error
-
-
-def _column(file: "pq.ParquetFile", name: str, key: str, wanted: str, candidates: tuple[str, ...]) -> str:
-    """The dotted path of a column that is there."""
-    paths = _paths(file.schema_arrow, "")
-    for path in candidates if wanted == "auto" else (wanted,):
-        if path in paths:
-            return path
-    columns = f"columns of {name}: {', '.join(paths)}"
-    if wanted == "auto":
-        raise ValueError(f"{key}: none of {', '.join(candidates)} is there; set {key}; {columns}")
-    near = difflib.get_close_matches(wanted, paths, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise ValueError(f'{key} = "{wanted}" is not there{hint} ({columns})')
-
-
-def _paths(fields: "pa.Schema | pa.StructType", prefix: str) -> list[str]:
-    import pyarrow as pa
-
-    found = []
-    for field in fields:
-        found.append(prefix + field.name)
-        if pa.types.is_struct(field.type):
-            found += _paths(field.type, f"{prefix}{field.name}.")
-    return found
-
-
-def _rows(file: "pq.ParquetFile", prompt: str, answer: str) -> Iterator[tuple[Any, str, "pa.RecordBatch", int]]:
+def _rows(file: DataFile, prompt: str, answer: str) -> Iterator[tuple[Any, str, "pa.RecordBatch", int]]:
     """Of every row: its turns or None, its answer or "", and where its other columns are.
 
     The other columns are converted for rows that are kept only: 17 thousand of DAPO-Math-17k's 1.8 million.
     """
-    names = [field.name for field in file.schema_arrow if "binary" not in str(field.type)]
-    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=names):
-        turns = _turns(_dig(batch, prompt), prompt)
+    names = [field.name for field in file.schema if "binary" not in str(field.type)]
+    for batch in file.batches(names):
+        turns = _turns(_dig(batch, prompt), prompt, file)
         if "choices" in names:
             turns = _with_choices(turns, batch.column("choices").to_pylist())
         others = batch.select([name for name in names if name != prompt])
-        for index, (turn, gold) in enumerate(zip(turns, _golds(_dig(batch, answer), answer))):
+        for index, (turn, gold) in enumerate(zip(turns, _golds(_dig(batch, answer), answer, file))):
             yield turn, gold, others, index
 
 
@@ -191,20 +157,21 @@ def _dig(batch: "pa.RecordBatch", path: str) -> "pa.Array":
     return pc.struct_field(column, inner) if inner else column
 
 
-def _turns(column: "pa.Array", path: str) -> list[Any]:
+def _turns(column: "pa.Array", path: str, file: DataFile) -> list[Any]:
     """Per row the (role, content) pairs of its prompt; None where it is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return [None if text is None else (("user", text),) for text in column.to_pylist()]
+        return [None if text is None else _turns_of_text(text, path, file) for text in column.to_pylist()]
     element = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
     if (
         element is None
         or not pa.types.is_struct(element)
         or not {"role", "content"} <= {field.name for field in element}
     ):
-        raise ValueError(f"column {path} has type {column.type}: a prompt is text or a list of {{role, content}}")
+        wanted = "a prompt is text or a list of {role, content}"
+        raise file.unfit(path, column.type, wanted, "data.prompt_column")
     flat = column.flatten()
     roles, contents = (pc.struct_field(flat, [part]).to_pylist() for part in ("role", "content"))
     rows: list[Any] = []
@@ -214,6 +181,20 @@ def _turns(column: "pa.Array", path: str) -> list[Any]:
         rows.append(None if None in contents[start:end] else tuple(zip(roles[start:end], contents[start:end])))
         start = end
     return rows
+
+
+def _turns_of_text(text: str, path: str, file: DataFile) -> tuple[tuple[str, str], ...]:
+    """A text is one user turn, unless it is the JSON of a list of messages."""
+    if not _MESSAGES.match(text):
+        return (("user", text),)
+    try:
+        messages = msgspec.json.decode(text, type=list[_Message])
+    except msgspec.DecodeError as error:
+        raise ValueError(
+            f'{file.key} = "{file.name}": column {path} holds text that begins as a list of messages and is not the '
+            f"JSON of one ({error}): {text[:80]!r} …; write it as JSON, or as a list of {{role, content}}"
+        ) from error
+    return tuple((message.role, message.content) for message in messages)
 
 
 def _with_choices(turns: list[Any], choices: list[Any]) -> list[Any]:
@@ -227,7 +208,7 @@ def _with_choices(turns: list[Any], choices: list[Any]) -> list[Any]:
     return rows
 
 
-def _golds(column: "pa.Array", path: str) -> list[str]:
+def _golds(column: "pa.Array", path: str, file: DataFile) -> list[str]:
     """Answers as text; "" where missing. GSM8K's stands after `####`, OlympiadBench's is a list in dollar signs."""
     import pyarrow as pa
 
@@ -237,13 +218,10 @@ def _golds(column: "pa.Array", path: str) -> list[str]:
             ", ".join(str(part).strip("$ ") for part in value or () if part is not None) for value in column.to_pylist()
         ]
     if pa.types.is_nested(kind) or "binary" in str(kind):
-        raise ValueError(f"column {path} has type {kind}: an answer is text, a number, or a list of texts")
+        raise file.unfit(path, kind, "an answer is text, a number, or a list of texts", "data.answer_column")
     return [(text or "").rpartition("####")[2].strip() for text in column.cast(pa.string()).to_pylist()]
 
 
-def _texts(others: "pa.RecordBatch", index: int) -> dict[str, str]:
-    values = {name: others.column(name)[index].as_py() for name in others.schema.names}
-    return {
-        name: value if isinstance(value, str) else "" if value is None else msgspec.json.encode(value).decode()
-        for name, value in values.items()
-    }
+def _values(others: "pa.RecordBatch", index: int) -> dict[str, Any]:
+    # Builtins only: columns travel to scoring processes and to other ranks as msgpack.
+    return {name: msgspec.to_builtins(others.column(name)[index].as_py()) for name in others.schema.names}

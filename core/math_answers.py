@@ -63,6 +63,19 @@ def answers_equal(gold: str, answer: str) -> bool:
     return bool(verify(parsed_gold, _parsed(answer), timeout_seconds=None))
 
 
+def require_gold(gold: str) -> None:
+    r"""Raise ValueError, saying why, where no response to a question of this gold answer would be found right.
+
+    Several lines without a box are a worked solution: math-verify compares it as a whole. For the rest the gold answer,
+    boxed as a response has it, must equal itself. Like `answers_equal` this may take for ever.
+    """
+    if _last_box(gold) is None and "\n" in gold.strip():
+        raise ValueError("several lines without a box are a worked solution, not a final answer")
+    answer = extract_answer(gold if _last_box(gold) else rf"\boxed{{{gold}}}")
+    if answer is None or not answers_equal(gold, answer):
+        raise ValueError("in a box it does not equal itself")
+
+
 @lru_cache(maxsize=1024)
 def _parsed_gold(gold: str) -> list[Any]:
     box = _last_box(gold)

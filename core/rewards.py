@@ -1,17 +1,20 @@
 """Reward functions: exact countdown, math-verify, and a user's own in TRL's or verl's signature."""
 
-import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from core import countdown
 from core.math_answers import answers_equal, extract_answer
+from core.reward_import import import_function
 from core.schema import Noun
 
+WITH_MATH_VERIFY = ("math", "core.gold:readable", "core.strict:score_olympiad")
+TRL_GIVEN = ("prompts", "completions", "completion_ids")
 TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
@@ -25,7 +28,7 @@ class RewardItem(Noun, frozen=True, kw_only=True):
     completion: str
     completion_ids: tuple[int, ...] = ()
     answer: str
-    columns: dict[str, str] = msgspec.field(default_factory=dict)  # the data set's other columns, as Question has them
+    columns: dict[str, Any] = msgspec.field(default_factory=dict)  # the data set's other columns, as Question has them
 
 
 Reward = Callable[[RewardItem], float | None]
@@ -34,33 +37,41 @@ Reward = Callable[[RewardItem], float | None]
 def resolve_reward(name: str) -> Reward:
     """The function that `reward.function` names.
 
-    `countdown` (1 or 0 by core.countdown.verify), `math` (1 or 0 by math-verify on the last box or `Answer:` line), or
-    `module:function`. A user's function has TRL's signature `f(prompts, completions, completion_ids, **columns) ->
-    list[float | None]` with lists of one, prompts and completions as text, and `answer` among the columns; or verl's
+    `countdown` (1 or 0 by core.countdown.verify), `math` (1 or 0 by math-verify on the last box or `Answer:` line),
+    `module:function` or `path/file.py:function`. A user's function (a UserReward; docs/rewards.md) has TRL's signature
+    `f(prompts, completions, completion_ids, **columns) -> list[float | None]` with lists of one, prompts and
+    completions as text, and `answer` among the columns; or verl's
     `f(data_source, solution_str, ground_truth, extra_info) -> float | {"score": float}`. The parameter names decide.
     None from any of them means: no reward. Raises ValueError for a name that leads nowhere and for other signatures.
     """
-    if name == "math":
+    if name in WITH_MATH_VERIFY:
         answers_equal("1", "1")  # loads SymPy and the grammar now rather than in the first completion's time
     if name in BUILT_IN:
         return BUILT_IN[name]
-    module, colon, path = name.partition(":")
-    if not (module and colon and path):
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise ValueError(f'reward.function = "{name}" is neither "countdown", "math" nor module:function{hint}')
-    function: Any
-    try:
-        function = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f'reward.function = "{name}": cannot import {module} ({error})') from error
-    for attribute in path.split("."):
-        if not hasattr(function, attribute):
-            near = difflib.get_close_matches(attribute, dir(function), n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise ValueError(f'reward.function = "{name}": {module} has no {attribute}{hint}')
-        function = getattr(function, attribute)
-    return _adapted(function, name)
+    return _adapted(import_function(name, BUILT_IN), name)
+
+
+def require_columns(function: str, needs: Collection[str], columns: Collection[str], key: str) -> None:
+    """Raise ValueError where a function requires columns that the data of `key` (data.train) do not have."""
+    missing = sorted(set(needs).difference(columns, ("answer",)))
+    if missing:
+        raise ValueError(
+            f'reward.function = "{function}" requires {", ".join(missing)}, and {key} has no such column. It is given '
+            f"{', '.join(TRL_GIVEN)}, answer (the gold answer) and the columns there are: "
+            f"{', '.join(sorted(columns)) or 'none'}. Rename the parameter or the column, or give it a default"
+        )
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """A user's function as a Reward; `needs`: columns without which it cannot be called."""
+
+    call: Reward
+    needs: tuple[str, ...]
+
+    def __call__(self, item: RewardItem) -> float | None:
+        """Its score of one completion."""
+        return self.call(item)
 
 
 def score_countdown(item: RewardItem) -> float:
@@ -77,7 +88,7 @@ def score_math(item: RewardItem) -> float:
 BUILT_IN: Mapping[str, Reward] = {"countdown": score_countdown, "math": score_math}
 
 
-def _adapted(function: Any, name: str) -> Reward:
+def _adapted(function: Any, name: str) -> UserReward:
     """A user's function as a Reward; the signature decides which way it is called."""
     if not callable(function) or inspect.iscoroutinefunction(function):
         kind = "an async function" if callable(function) else f"a {type(function).__name__}"
@@ -108,8 +119,15 @@ def _adapted(function: Any, name: str) -> Reward:
         return arguments if anything else {key: value for key, value in arguments.items() if key in names}
 
     if verl:
-        return lambda item: _verl_score(function(**accepted(_verl_arguments(item))))
-    return lambda item: _trl_score(function(**accepted(_trl_arguments(item))))
+        return UserReward(lambda item: _verl_score(function(**accepted(_verl_arguments(item)))), ())
+    whose = f"{name}{_defined(function)}"
+    needs = tuple(sorted(required.difference(TRL_GIVEN)))
+    return UserReward(lambda item: _trl_score(function(**accepted(_trl_arguments(item))), whose), needs)
+
+
+def _defined(function: Any) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
 
 
 def _trl_arguments(item: RewardItem) -> dict[str, Any]:
@@ -122,21 +140,20 @@ def _trl_arguments(item: RewardItem) -> dict[str, Any]:
     }
 
 
-def _trl_score(scores: Any) -> float | None:
+def _trl_score(scores: Any, whose: str) -> float | None:
     if not isinstance(scores, (list, tuple)) or len(scores) != 1:
         raise TypeError(
-            f"a reward function of TRL's signature returns one score per completion, here 1; got {scores!r}"
+            f"{whose} returned {scores!r:.100}; TRL's signature returns a list of one score per completion, here 1"
         )
     return _number(scores[0])
 
 
 def _verl_arguments(item: RewardItem) -> dict[str, Any]:
-    extra = item.columns.get("extra_info")
     return {
         "data_source": item.columns.get("data_source", ""),
         "solution_str": item.completion,
         "ground_truth": item.answer,
-        "extra_info": msgspec.json.decode(extra) if extra else None,
+        "extra_info": item.columns.get("extra_info", {}),
     }
 
 

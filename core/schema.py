@@ -5,7 +5,7 @@ Token ids travel, never text; masks come from lengths, never from token values.
 
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -58,7 +58,7 @@ class Prompt(Noun, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     text: str  # what the learner reads, as text (for rewards and reports)
     answer: str  # the gold answer, as the reward function wants it
-    columns: dict[str, str] = msgspec.field(default_factory=dict)  # other columns, for user rewards
+    columns: dict[str, Any] = msgspec.field(default_factory=dict)  # other columns, for user rewards
 
 
 class CompletionKey(Noun, frozen=True, kw_only=True, order=True):

@@ -30,8 +30,8 @@ class RewardPool:
     lowest `urgency` are handed to a child first, and among these the oldest. A child that is killed or dies takes only
     the completion it was scoring with it: the others go to the next child. As many items wait as the caller submits.
     `submitted` and `finished` count them, `finished_s` is when the last one was (time.monotonic()), `counts` has the
-    outcomes by failure, and "scored". `memory_bytes` bounds the address space of a child. Raises ValueError where the
-    reward function cannot be used, before anything is submitted.
+    outcomes by failure, and "scored". `memory_bytes` bounds the address space of a child. `needs` has the columns that
+    the function requires. Raises ValueError where the reward function cannot be used, before anything is submitted.
 
     Example: pool = RewardPool("math", workers=2, timeout_s=10, on_score=buffer.scored); pool.submit(key, item)
     """
@@ -48,6 +48,7 @@ class RewardPool:
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"RewardPool needs workers >= 1 and timeout_s > 0, got {workers} and {timeout_s}")
         self.counts: collections.Counter[str] = collections.Counter()
+        self.needs: tuple[str, ...] = ()
         self._function, self._workers, self._memory_bytes = function, workers, memory_bytes
         self._timeout_s, self._on_score = timeout_s, on_score
         self._queue: queue.PriorityQueue[Item] = queue.PriorityQueue()
@@ -157,14 +158,14 @@ class RewardPool:
             if not alive:
                 ending = self._end(key.data)
                 if not key.data.ready:
-                    raise RuntimeError(f"a scoring process for {self._function} ended as it started, with {ending}")
+                    raise RuntimeError(f"{self._named()}: its scoring process ended as it started, with {ending}")
                 self._replace(children, key.data, Outcome(None, "crashed", f"the scoring process ended with {ending}"))
 
     def _take(self, child: Child, reply: Outcome | Started) -> None:
         if isinstance(reply, Started):
             if reply.error:
                 raise RuntimeError(reply.error)
-            child.ready = True
+            child.ready, self.needs = True, reply.needs
             self._settled.set()
         else:
             self._report(child.held.popleft().ticket, reply)
@@ -175,9 +176,12 @@ class RewardPool:
         for child in list(children):
             if child.deadline <= time.monotonic():
                 if not child.ready:
-                    raise RuntimeError(f"{self._function} took over {START_TIMEOUT_S:.0f} s to start a scoring process")
+                    raise RuntimeError(f"{self._named()} took over {START_TIMEOUT_S:.0f} s to start a scoring process")
                 self._end(child)
                 self._replace(children, child, Outcome(None, "timeout", f"no score within {self._timeout_s:g} s"))
+
+    def _named(self) -> str:
+        return f'reward.function = "{self._function}"'
 
     def _end(self, child: Child) -> str:
         self._selector.unregister(child.socket)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.scoring_worker import Outcome, Started, take_replies
+from core.scoring_worker import Outcome, Started, environment, take_replies
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0  # a user's module may import torch
@@ -35,6 +35,7 @@ class Child:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "core.scoring_worker", *map(str, arguments)],
             cwd=REPOSITORY,
+            env=environment(),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=2,

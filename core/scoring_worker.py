@@ -19,12 +19,12 @@ from typing import Literal
 
 import msgspec
 
-from core.rewards import Reward, RewardItem, resolve_reward
+from core.reward_errors import MAX_DETAIL, described
+from core.rewards import Reward, RewardItem, UserReward, resolve_reward
 
 Failure = Literal["timeout", "raised", "crashed", "none", "non_finite"]
 
 SIZE = struct.Struct("<I")
-MAX_DETAIL = 500
 
 
 class Outcome(msgspec.Struct, frozen=True, tag=True):
@@ -33,7 +33,7 @@ class Outcome(msgspec.Struct, frozen=True, tag=True):
     `timeout`: no score in time; `raised`: the function raised; `crashed`: its process died; `none` and `non_finite`: it
     returned None, NaN or ±inf.
 
-    Example: Outcome(reward=1.0), Outcome(reward=None, failure="raised", detail="KeyError: 'answer'")
+    Example: Outcome(reward=1.0), Outcome(reward=None, failure="raised", detail="KeyError: 'boom' (rewards.py:12)")
     """
 
     reward: float | None
@@ -42,9 +42,10 @@ class Outcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The first frame: ready, or why the reward function cannot be used."""
+    """The first frame: ready, with the columns that the function requires, or why it cannot be used."""
 
     error: str = ""
+    needs: tuple[str, ...] = ()
 
 
 def frame(message: RewardItem | Outcome | Started) -> bytes:
@@ -65,6 +66,17 @@ def take_replies(received: bytearray) -> list[Outcome | Started]:
     return replies
 
 
+def environment() -> dict[str, str]:
+    """Of a scoring process: relative entries of PYTHONPATH count from the current folder, not from that of the process.
+
+    Example: subprocess.Popen(command, cwd=REPOSITORY, env=environment())
+    """
+    found = dict(os.environ)
+    if folders := found.get("PYTHONPATH"):
+        found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders.split(os.pathsep)))
+    return found
+
+
 def main(function: str, fd: str, memory_bytes: str, parent_pid: str, folder: str) -> None:
     """Score items from the socket until it closes or the parent dies."""
     _die_with(int(parent_pid))
@@ -73,13 +85,15 @@ def main(function: str, fd: str, memory_bytes: str, parent_pid: str, folder: str
     faulthandler.register(signal.SIGUSR1)  # the trainer asks for stacks
     # Behind everything else: a user's module is found where the run was started, and shadows nothing.
     sys.path.append(folder)
+    os.chdir(folder)
     connection = socket.socket(fileno=int(fd))
     try:
         reward = resolve_reward(function)
     except Exception as error:
-        connection.sendall(frame(Started(error=_described(error))))
+        text = str(error) if isinstance(error, ValueError) else described(error)
+        connection.sendall(frame(Started(error=text[: 2 * MAX_DETAIL])))
         return
-    connection.sendall(frame(Started()))
+    connection.sendall(frame(Started(needs=reward.needs if isinstance(reward, UserReward) else ())))
     items = connection.makefile("rb")
     while header := items.read(SIZE.size):
         item = msgspec.msgpack.decode(items.read(*SIZE.unpack(header)), type=RewardItem)
@@ -91,18 +105,12 @@ def score(reward: Reward, item: RewardItem) -> Outcome:
     try:
         value = reward(item)
     except Exception as error:
-        return Outcome(None, "raised", _described(error))
+        return Outcome(None, "raised", described(error))
     if value is None:
         return Outcome(None, "none", "the reward function returned None")
     if not math.isfinite(value):
         return Outcome(None, "non_finite", f"the reward function returned {value}")
     return Outcome(value)
-
-
-def _described(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)[:MAX_DETAIL]
-    return f"{type(error).__name__}: {error}"[:MAX_DETAIL]
 
 
 def _die_with(parent_pid: int) -> None:

@@ -10,11 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from core.config import Config
-from core.rewards import RewardItem
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source
-from core.scoring import RewardPool
 from core.scoring_worker import Outcome
 from rollout.buffer import ReplayBuffer
 from rollout.demand import Demand
@@ -24,9 +23,9 @@ from rollout.ledger import Ledger
 from rollout.messages import Lease
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse
+from rollout.rewarding import FailureLog, Rewarder, Ticket
 
 POLL_S = 0.5
-Ticket = tuple[str, CompletionKey]
 
 
 class Starved(RuntimeError):
@@ -34,11 +33,13 @@ class Starved(RuntimeError):
 
 
 class NothingToTrain(RuntimeError):
-    """Every prompt of a step was dropped."""
+    """Every prompt of a step was dropped, or every reward of an evaluation failed."""
 
 
 class Mixer:
-    """Asks for completions ahead, and hands out whole groups.
+    """Asks for completions ahead, and hands out whole groups. Why rewards fail goes to `on_event` and `reward_log`.
+
+    Raises ValueError for a reward function that cannot be used, or that requires columns the training data lack.
 
     Example:
         mixer.request(1)
@@ -55,18 +56,18 @@ class Mixer:
         *,
         decode: Callable[[Sequence[int]], str],
         on_wait: Callable[[str, float], None],
+        on_event: Callable[[str], None],
+        reward_log: Path,
         reuse: Reuse | None = None,
     ) -> None:
         self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
-        self._decode, self._on_wait, self._reuse = decode, on_wait, reuse
+        self._on_wait, self._reuse = on_wait, reuse
         self._requested = dict.fromkeys(Source, 0)  # last step asked for
         self._replacing = threading.Lock()  # rewards fail on the scorer's thread and, after a resume, on the trainer's
         self._replaced: set[CompletionKey] = set()
         self._evaluation: Evaluation | None = None
-        reward = config.reward
-        self._rewards = RewardPool(
-            reward.function, workers=reward.workers, timeout_s=reward.timeout_s, on_score=self._on_score
-        )
+        failures = FailureLog(config.reward.function, reward_log, say=on_event)
+        self._rewards = Rewarder(config.reward, failures, demand.prompts_at(1), decode=decode, on_score=self._on_score)
 
     def request(self, step: int) -> None:
         """Ask the learner for `step` and the explorer for as far ahead as is allowed. Asking again does nothing."""
@@ -87,7 +88,7 @@ class Mixer:
         key = completion.key
         if purpose == "eval":
             if self._evaluation is not None and self._evaluation.arrive(completion):
-                self._submit(("eval", key), completion, self._evaluation.prompts[key.slot])
+                self._rewards.submit(("eval", key), completion, self._evaluation.prompts[key.slot])
         else:
             if self._reuse is not None:
                 self._reuse.record(completion)
@@ -112,7 +113,10 @@ class Mixer:
                 if complete():
                     groups = self._take(step, self.buffer.window(step, slots, prompts), prompts)
         if not groups and not first:
-            raise NothingToTrain(f"step {step}: every prompt was dropped because its rewards failed; see fault/dropped")
+            why = self._rewards.failures.summary()
+            raise NothingToTrain(
+                f"step {step}: every prompt was dropped because its rewards failed{f': {why}' if why else ''}"
+            )
         with self._replacing:
             self._replaced = {key for key in self._replaced if key.step >= step}
         return groups
@@ -145,12 +149,19 @@ class Mixer:
         return True
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
+        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n.
+
+        Raises ConfigError where the reward function requires columns that the prompts lack, NothingToTrain where every
+        reward failed.
+        """
+        self._rewards.require(prompts, "data.eval")
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
-        self._evaluation = None
-        return evaluation.by_prompt()
+        self._evaluation, rows = None, evaluation.by_prompt()
+        if not any(rows):
+            raise NothingToTrain(f"evaluation after step {step}: no reward at all: {self._rewards.failures.summary()}")
+        return rows
 
     def resume(self, step: int) -> None:
         """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""
@@ -158,7 +169,7 @@ class Mixer:
         state = self.buffer.state()
         for completion in state.completions:
             key = completion.key
-            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+            self._rewards.submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
         for key in state.failed:
             with self._replacing:
                 self._replace(key)
@@ -170,7 +181,7 @@ class Mixer:
     def _enter(self, completion: Completion) -> None:
         key = completion.key
         if self.buffer.insert(completion):
-            self._submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+            self._rewards.submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
 
     def _ask(self, leases: list[Lease]) -> None:
         """Have leases generated, but for what is on record."""
@@ -205,28 +216,15 @@ class Mixer:
             if left < best:
                 best, since = left, now
             # A long completion, or a reward that takes its time, is no standstill.
-            missed, unscored = self.pool.waiting_for(), self._rewards.submitted - self._rewards.finished
-            since = max(since, missed.moved_s, self._rewards.finished_s)
-            rewards = f"; {unscored} completions wait for their reward" if unscored else ""
-            waiting = f"{left} completions of {what}: {missed.line}{rewards}"
+            workers, rewards = self.pool.waiting_for(), self._rewards.waiting_for()
+            since = max(since, workers.moved_s, rewards.moved_s)
+            waiting = f"{left} completions of {what}: {'; '.join(filter(None, (workers.line, rewards.line)))}"
             if now - since > limit_s:
                 raise Starved(f"waited {now - since:.0f} s (stream.starvation_s) for {waiting}")
             self._on_wait(waiting, now - since)
 
-    def _submit(self, ticket: Ticket, completion: Completion, prompt: Prompt) -> None:
-        tokens = completion.tokens.tolist()
-        item = RewardItem(
-            prompt=prompt.text,
-            completion=self._decode(tokens),
-            completion_ids=tuple(tokens),
-            answer=prompt.answer,
-            columns=prompt.columns,
-        )
-        purpose, key = ticket  # what the trainer waits for does not queue behind what explorers made ahead
-        self._rewards.submit((ticket, item.completion), item, urgency=(purpose != "eval", key.step))
-
-    def _on_score(self, ticket: tuple[Ticket, str], outcome: Outcome) -> None:
-        (purpose, key), text = ticket
+    def _on_score(self, ticket: Ticket, outcome: Outcome, text: str) -> None:
+        purpose, key = ticket
         if purpose == "eval":
             if self._evaluation is not None:
                 self._evaluation.score(key, outcome.reward, text)

@@ -1,5 +1,6 @@
 """From questions to prompts: render, tokenise, and keep those that fit."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,13 +10,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from core.config import Config
 from core.configfile import ConfigError
 from core.datasets import Question, load_questions
+from core.gold import look_at_golds
 from core.schema import Prompt
+
+SHOWN_CHARACTERS = 240
 
 
 def load_prompts(
     config: Config, which: Literal["train", "eval"], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], list[str]]:
-    """The prompts of `data.train` or `data.eval`, and lines that say what was read, mapped, removed and filtered."""
+    """The prompts of `data.train` or `data.eval`, and lines that say what was read, mapped, removed and filtered.
+
+    They end with what the first prompt looks like and, for reward.function = "math", whether gold answers can be read
+    (on rank 0, which alone shows the lines). Raises ConfigError where prompts or gold answers do not fit.
+    """
     loaded = load_questions(config.data, which, config.run.seed)
     prompts = [to_prompt(question, config, tokenizer) for question in loaded.questions]
     limit = config.rollout.max_prompt_tokens
@@ -36,7 +44,26 @@ def load_prompts(
             f"data.{which}: all {len(prompts)} prompts exceed rollout.max_prompt_tokens = {limit} "
             f"(shortest: {shortest}); raise the limit to keep some"
         )
+    lines.append(_look(f"data.{which}", kept))
+    if config.reward.function == "math" and os.environ.get("RANK", "0") == "0":
+        lines.append(look_at_golds(f"data.{which}", [prompt.answer for prompt in kept]))
     return kept, lines
+
+
+def _look(key: str, prompts: Sequence[Prompt]) -> str:
+    """The lengths of the prompts, and the first of them as the model reads it."""
+    lengths, first = [len(prompt.token_ids) for prompt in prompts], prompts[0]
+    return (
+        f"{key}: prompts of {min(lengths):,} to {max(lengths):,} tokens; the first: {_shortened(first.text)!r}, "
+        f"gold answer {_shortened(first.answer)!r}"
+    )
+
+
+def _shortened(text: str) -> str:
+    """Beginning and end: a chat template and data.suffix show at both."""
+    return (
+        text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS // 2]} … {text[-SHOWN_CHARACTERS // 2 :]}"
+    )
 
 
 def to_prompt(question: Question, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:

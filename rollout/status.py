@@ -14,7 +14,7 @@ _NAMED = 4  # workers named in one line
 
 
 class Waiting(NamedTuple):
-    """One line, and when a worker that owes completions last moved: time.monotonic() seconds, −inf where none did."""
+    """One line, and when what is waited for last moved: time.monotonic() seconds, −inf where it never did."""
 
     line: str
     moved_s: float = -math.inf

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from core.config import Config
-from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
+from core.schema import Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.completion_store import CompletionStore
 from rollout.demand import Demand
@@ -58,7 +58,7 @@ class Rollouts:
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
-            on_completion=self._receive,
+            on_completion=lambda purpose, completion: self.mixer.receive(purpose, completion),
             may_grant=self._may_grant,
             on_event=on_event,
         )
@@ -70,8 +70,9 @@ class Rollouts:
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
         try:
             self.mixer = Mixer(
-                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
-            )
+                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, on_event=on_event,
+                reward_log=directory.path / "logs" / "reward.log", reuse=self.reuse,
+            )  # fmt: skip
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
             raise
@@ -162,9 +163,6 @@ class Rollouts:
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
         return lease.purpose == "eval" or lease.step <= self.mixer.wanted_step or self.buffer.has_room(lease.max_bytes)
-
-    def _receive(self, purpose: str, completion: Completion) -> None:
-        self.mixer.receive(purpose, completion)
 
 
 def _share_memory(config: Config, share: float) -> Config:

@@ -9,7 +9,7 @@ from trainer.diagnosis import diagnosis
 
 LOSS_NOTE = "the loss starts near 0 by construction (ratios near 1, advantages that sum to 0): watch reward and pass@1"
 FAULTS = {
-    "fault/dropped": "completions dropped (their reward failed or timed out); replaced or counted in ledger.json",
+    "fault/dropped": "completions dropped (their reward failed: logs/reward.log); replaced or counted in ledger.json",
     "fault/rejected": "deliveries rejected; reasons in ledger.json",
     "fault/skipped_updates": "optimizer updates skipped for a non-finite gradient",
 }

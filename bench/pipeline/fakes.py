@@ -176,7 +176,10 @@ def _stream(config: Config, model: Path) -> tuple[WorkerPool, Mixer, Demand]:
                for source in Source},
         worker_arguments=("--engine", "bench.sleeping_engine:sleeping"),
     )  # fmt: skip
-    mixers.append(Mixer(config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None))
+    mixers.append(Mixer(
+        config, demand, pool, buffer, ledger, decode=str, on_wait=lambda what, seconds: None, on_event=print,
+        reward_log=model / "reward.log",
+    ))  # fmt: skip
     return pool, mixers[0], demand
 
 

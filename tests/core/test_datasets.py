@@ -1,5 +1,7 @@
+import datetime
 import json
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from core.config import Data
 from core.countdown import problems
 from core.datasets import load_questions, question_uid
+from core.rewards import RewardItem
 
 
 def write(tmp_path, table, name="data.parquet", **options):
@@ -58,8 +61,8 @@ def test_dapo_as_published_with_its_duplicates(tmp_path):
     assert first.uid == question_uid(prompts[0])
     assert first.messages == ({"role": "user", "content": prompts[0]},)
     assert first.columns["data_source"] == "math_dapo"
-    assert json.loads(first.columns["extra_info"]) == {"index": "id-0"}
-    assert json.loads(first.columns["reward_model"])["ground_truth"] == "0"
+    assert first.columns["extra_info"] == {"index": "id-0"}
+    assert first.columns["reward_model"]["ground_truth"] == "0"
     assert "prompt" not in first.columns
     assert "1,700 rows, 17 questions (1,683 duplicates removed)" in loaded.report[0]
     assert loaded.report[1].endswith("prompt from column prompt, answer from column reward_model.ground_truth")
@@ -110,7 +113,7 @@ def test_benchmark_schemas_are_mapped(tmp_path, columns, text, answer):
     (question,) = load(write(tmp_path, {name: [value] for name, value in columns.items()})).questions
     assert (question.text, question.answer) == (text, answer)
     assert set(columns) - {"problem", "Problem", "question"} == set(question.columns)
-    assert all(isinstance(value, str) for value in question.columns.values())
+    assert all(question.columns[name] == columns[name] for name in question.columns)
 
 
 def test_system_turns_are_kept(tmp_path):
@@ -182,10 +185,64 @@ def test_files_that_cannot_be_read(tmp_path):
         load(str(tmp_path / "none.parquet"))
     with pytest.raises(ValueError, match="is a folder"):
         load(str(tmp_path))
-    text = tmp_path / "data.jsonl"
+    text = tmp_path / "data.json"
     text.write_text('{"prompt": "a"}\n' * 10)
-    with pytest.raises(ValueError, match=r'data.eval = ".*data.jsonl" is not a parquet file'):
+    with pytest.raises(ValueError, match=r'data.eval = ".*data.json" is not a parquet file .* is named .jsonl'):
         load_questions(Data(eval=str(text)), "eval", 0)
+
+
+def lines(tmp_path, *rows):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_jsonl_is_read_as_parquet_is(tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{row}"}],
+            "answer": f"#### {row}",
+            "tags": [row],
+            "when": "2026-01-31",
+        }
+        for row in range(9000)
+    ]
+    rows[8999]["level"] = 2.5  # a column of the last part of the file only
+    from_lines = load(lines(tmp_path, *rows[:10], "\n", *rows[10:]))
+    table = pa.Table.from_pylist([rows[-1], *rows[:-1]])  # its first row names the columns
+    from_parquet = load(write(tmp_path, table)).questions
+    assert from_lines.questions == (*from_parquet[1:], from_parquet[0])
+    assert from_lines.questions[7].columns == {
+        "answer": "#### 7", "tags": [7], "when": "2026-01-31", "level": None,
+    }  # fmt: skip
+    assert from_lines.questions[7].answer == "7"
+    assert from_lines.questions[-1].columns["level"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{'prompt': 1}\n", "line 2 is no JSON object: JSON is malformed"),
+        ("[1]\n", "line 2 is no JSON object: Expected `object`, got `array`"),
+        ({"prompt": "b", "answer": [1]}, "values of column answer are not of one type"),
+    ],
+)
+def test_jsonl_that_cannot_be_read_names_the_key_and_the_place(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=f'data.train = ".*data.jsonl": .*{message}'):
+        load(lines(tmp_path, {"prompt": "a", "answer": "1"}, bad))
+
+
+def test_a_prompt_that_is_the_json_of_messages_is_read_as_those(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"content": "1+1?", "role": "user", "name": "x"}]
+    texts = [json.dumps(turns), json.dumps(turns[:1], indent=1), "[1, 2] has how many parts?", '["role"]']
+    questions = load(write(tmp_path, {"prompt": texts, "answer": ["2"] * 4})).questions
+    assert questions[0].messages == tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+    assert questions[0].text == "Be brief.\n\n1+1?"
+    assert [question.text for question in questions[1:]] == ["Be brief.", *texts[2:]]
+    with pytest.raises(
+        ValueError, match=r"data.train = .*data.parquet.: column prompt holds text that begins as a list of messages"
+    ):
+        load(write(tmp_path, {"prompt": [str(turns)], "answer": ["2"]}))
 
 
 def test_empty_data_set(tmp_path):
@@ -206,9 +263,28 @@ def test_columns_that_are_not_there(tmp_path):
         load(path, prompt_column="query", answer_column="meta.glod")
 
 
+def test_columns_keep_their_values_over_the_wire(tmp_path):
+    columns = {
+        "prompt": ["p"], "answer": ["1"], "difficulty": [2], "weight": [0.5], "hard": [True], "tags": [["a", "b"]],
+        "meta": [{"source": "x", "scores": [1, None]}], "nothing": pa.array([None], pa.string()),
+    }  # fmt: skip
+    day = pa.array([datetime.date(2026, 1, 31)])
+    (question,) = load(write(tmp_path, pa.table({**columns, "day": day}))).questions
+    expected = {
+        "answer": "1", "difficulty": 2, "weight": 0.5, "hard": True, "tags": ["a", "b"],
+        "meta": {"source": "x", "scores": [1, None]}, "nothing": None, "day": "2026-01-31",
+    }  # fmt: skip
+    assert question.columns == expected
+    item = RewardItem(prompt="", completion="", answer="", columns=question.columns)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(item), type=RewardItem).columns == expected
+
+
 def test_columns_of_other_types(tmp_path):
     path = write(tmp_path, {"prompt": [3], "answer": ["1"], "struct": [{"a": 1}]})
-    with pytest.raises(ValueError, match="column prompt has type int64: a prompt is text or a list of"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.train = .*data.parquet.: column prompt has type int64: a prompt is .* with data.prompt_column",
+    ):
         load(path)
-    with pytest.raises(ValueError, match="column struct has type struct"):
+    with pytest.raises(ValueError, match=r"column struct has type struct.* with data.answer_column"):
         load(path, prompt_column="answer", answer_column="struct")

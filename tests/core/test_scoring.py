@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -86,7 +87,7 @@ def test_no_reward_is_never_zero():
     assert [(outcome.reward, outcome.failure) for outcome in outcomes] == [
         (0.0, None), (None, "raised"), (None, "none"), (None, "non_finite"), (None, "non_finite"), (1.5, None),
     ]  # fmt: skip
-    assert outcomes[1].detail == "KeyError: 'who'"
+    assert outcomes[1].detail == "KeyError: 'who' (scoring_rewards.py:15)"
     assert outcomes[3].detail == "the reward function returned nan"
     assert counts == {"scored": 2, "raised": 1, "none": 1, "non_finite": 2}
 
@@ -229,8 +230,8 @@ def test_a_child_killed_from_outside_is_replaced():
         ("cuontdown", 'did you mean "countdown"'),
         ("scoring_rewards:nothing", "has no nothing"),
         ("no_such_module:f", "cannot import no_such_module"),
-        ("broken_rewards:f", "ZeroDivisionError: division by zero"),
-        ("leaving_rewards:f", "ended as it started, with exit status 9"),
+        ("broken_rewards:f", r"ZeroDivisionError: division by zero \(broken_rewards.py:1\)"),
+        ("leaving_rewards:f", 'reward.function = "leaving_rewards:f": its .* ended as it started, with exit status 9'),
     ],
 )
 def test_a_reward_function_that_cannot_be_used_is_refused_at_once(function, message, tmp_path, monkeypatch):
@@ -240,6 +241,27 @@ def test_a_reward_function_that_cannot_be_used_is_refused_at_once(function, mess
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         RewardPool(function, workers=1, timeout_s=1.0, on_score=Scores())
+
+
+def test_a_relative_file_and_what_it_opens_are_those_of_the_folder_where_the_run_was_started(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "reward.py").write_text(
+        "def f(completions, level):\n    return [float(open('mine/value').read()) + level[0]]\n"
+    )
+    (tmp_path / "mine" / "value").write_text("0.5")
+    monkeypatch.chdir(tmp_path)
+    item = RewardItem(prompt="", completion="", answer="", columns={"level": 2})
+    [outcome], _ = run("mine/reward.py:f", [item])
+    assert outcome.reward == 2.5
+
+
+def test_a_relative_entry_of_pythonpath_counts_from_the_folder_where_the_run_was_started(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libreward.py").write_text("def f(completions):\n    return [0.25]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    [outcome], _ = run("libreward:f", ["text"])
+    assert outcome.reward == 0.25
 
 
 def test_a_callback_that_raises_fails_the_pool_by_name():
@@ -269,6 +291,21 @@ def test_frames_may_arrive_in_pieces():
         replies += take_replies(received)
     assert replies == [Started(), Outcome(1.0), Outcome(None, "none", "x" * 300)]
     assert not received
+
+
+def test_a_detail_names_the_user_s_line_and_not_the_library_s():
+    def raising(item):
+        return json.loads("{")
+
+    outcome = score(raising, RewardItem(prompt="", completion="", answer=""))
+    line = raising.__code__.co_firstlineno + 1
+    assert outcome.detail.endswith(f"(char 1) (test_scoring.py:{line})")
+    assert outcome.detail.startswith("JSONDecodeError: Expecting property name")
+
+
+def test_a_function_of_conversational_completions_is_told_that_they_are_text():
+    outcome = score(lambda item: item.completion[0]["content"], RewardItem(prompt="", completion="a", answer=""))
+    assert "prompts and completions are text here, not lists of messages (test_scoring.py:" in outcome.detail
 
 
 def test_details_are_bounded():

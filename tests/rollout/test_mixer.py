@@ -11,13 +11,14 @@ import pytest
 
 from bench.faults.parts import eventually
 from core.config import Algorithm, Config, Evaluation, Explorer, Reward, Rollout, Run, Stream
+from core.configkeys import ConfigError
 from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Group, Prompt, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
-from rollout.mixer import Mixer, Starved
+from rollout.mixer import Mixer, NothingToTrain, Starved
 from rollout.status import Waiting
 
 SOURCES = list(Source)
@@ -78,7 +79,10 @@ def decode(token_ids: Sequence[int]) -> str:
 class World:
     """A mixer, what stands around it, and the prompts' wishes: uid to the completions that cannot be scored."""
 
-    def __init__(self, fail: Mapping[str, str], *, max_tries: int = 3, starvation_s: float = 60.0) -> None:
+    def __init__(
+        self, fail: Mapping[str, str], reward_log: Path, *, max_tries: int = 3, starvation_s: float = 60.0,
+        function: str = "by_name",
+    ) -> None:  # fmt: skip
         prompts = [
             Prompt(uid=f"u{i}", token_ids=(i,), text=f"p{i}", answer="1", columns={"fail": fail.get(f"u{i}", "")})
             for i in range(4)
@@ -89,16 +93,18 @@ class World:
             rollout=Rollout(lease_prompts=2),
             explorer=Explorer(ahead_steps=2),
             stream=Stream(starvation_s=starvation_s),
-            reward=Reward(function="mixer_rewards:by_name", max_tries=max_tries),
+            reward=Reward(function=f"mixer_rewards:{function}", max_tries=max_tries),
             evaluation=Evaluation(samples=3, k=(1,)),
         )
         self.demand = Demand(self.config, PromptSchedule(prompts, seed=0, per_step=4), (1,))
         self.pool, self.ledger = TellingPool(), Ledger()
         self.buffer = ReplayBuffer(self.ledger, max_bytes=1 << 20)
         self.waits: list[str] = []
+        self.said: list[str] = []
+        self.reward_log = reward_log
         self.mixer = Mixer(
             self.config, self.demand, self.pool, self.buffer, self.ledger, decode=decode,
-            on_wait=lambda what, seconds: self.waits.append(what),
+            on_wait=lambda what, seconds: self.waits.append(what), on_event=self.said.append, reward_log=reward_log,
         )  # fmt: skip
         self.pool.receive = self.mixer.receive
 
@@ -129,12 +135,12 @@ class World:
 
 
 @pytest.fixture
-def make_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+def make_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., World]]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     worlds: list[World] = []
 
     def make(fail: Mapping[str, str] | None = None, **settings: object) -> World:
-        worlds.append(World(fail or {}, **settings))
+        worlds.append(World(fail or {}, tmp_path / "logs" / "reward.log", **settings))
         return worlds[-1]
 
     yield make
@@ -281,8 +287,29 @@ def test_the_parts_of_a_step_are_the_step(make_world: Callable[..., World]) -> N
 def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callable[..., World]) -> None:
     world = make_world({f"u{i}": "explorer:0" for i in range(4)}, max_tries=0)
     world.mixer.request(1)
-    with pytest.raises(RuntimeError, match="step 1: every prompt was dropped because its rewards failed"):
+    reason = (
+        r'reward.function = "mixer_rewards:by_name" raised RuntimeError: as the prompt wants it .mixer_rewards.py:7.'
+    )
+    with pytest.raises(
+        NothingToTrain, match=f"step 1: every prompt was dropped because its rewards failed: {reason}"
+    ) as caught:
         world.collect(1)
+    assert str(world.reward_log) in str(caught.value)
+    [said] = world.said
+    assert "raised RuntimeError: as the prompt wants it (mixer_rewards.py:7), first in step " in said
+    assert world.reward_log.read_text().count("as the prompt wants it") == 1
+
+
+def test_columns_that_the_reward_function_requires_are_missed_before_anything_is_asked_for(
+    make_world: Callable[..., World],
+) -> None:
+    with pytest.raises(ConfigError, match=r"requires solution, and data.train has no such column.*there are: fail\."):
+        make_world(function="by_solution")
+    world = make_world()
+    strangers = [Prompt(uid="e", token_ids=(1,), text="p", answer="1", columns={"level": 1})]
+    with pytest.raises(ConfigError, match=r"requires fail, and data.eval has no such column.*there are: level\."):
+        world.mixer.evaluate(0, strangers)
+    assert world.pool.leases == []
 
 
 def test_spare_completions_of_rescue_are_counted(make_world: Callable[..., World]) -> None:
@@ -386,6 +413,20 @@ def test_trouble_in_the_pool_ends_the_wait(make_world: Callable[..., World]) -> 
     world.pool.trouble = RuntimeError("no explorer worker is left")
     with pytest.raises(RuntimeError, match="no explorer worker is left"):
         world.mixer.collect(1)
+
+
+def test_an_evaluation_whose_rewards_all_fail_ends_the_run_with_the_reason(make_world: Callable[..., World]) -> None:
+    world = make_world({"u1": "learner:0 learner:1 learner:2"})
+    prompts = [prompt for prompt in world.demand.prompts_at(1) if prompt.uid == "u1"]
+    submit = world.pool.submit
+
+    def answering(leases: Sequence[Lease]) -> None:
+        submit(leases)
+        world.pool.answer()
+
+    world.pool.submit = answering  # type: ignore[method-assign]
+    with pytest.raises(NothingToTrain, match=r"step 0: no reward at all: .* RuntimeError: as the prompt"):
+        world.mixer.evaluate(0, prompts)
 
 
 def test_evaluation_leaves_out_failed_rewards_and_touches_no_account(make_world: Callable[..., World]) -> None:

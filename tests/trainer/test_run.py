@@ -304,6 +304,9 @@ def test_completions_whose_reward_fails_are_dropped_counted_and_replaced_never_z
     line = run_parts.training_lines(run_dir)[-1]
     assert line["fault/replaced"] == replaced  # … and counted
     assert line["fault/dropped"] == dropped.total()
+    reasons = (run_dir / "logs" / "reward.log").read_text()
+    assert "raised RuntimeError: this prompt can never be scored (run_rewards.py:17)" in reasons
+    assert ": no score within 2 s (reward.timeout_s)" in reasons
 
 
 @pytest.mark.slow
