@@ -288,7 +288,7 @@ def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callabl
     world = make_world({f"u{i}": "explorer:0" for i in range(4)}, max_tries=0)
     world.mixer.request(1)
     reason = (
-        r'reward.function = "mixer_rewards:by_name" raised RuntimeError: as the prompt wants it .mixer_rewards.py:7.'
+        r'reward.function = "mixer_rewards:by_name" raised RuntimeError: as the prompt wants it .mixer_rewards.py:11.'
     )
     with pytest.raises(
         NothingToTrain, match=f"step 1: every prompt was dropped because its rewards failed: {reason}"
@@ -296,7 +296,7 @@ def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callabl
         world.collect(1)
     assert str(world.reward_log) in str(caught.value)
     [said] = world.said
-    assert "raised RuntimeError: as the prompt wants it (mixer_rewards.py:7), first in step " in said
+    assert "raised RuntimeError: as the prompt wants it (mixer_rewards.py:11), first in step " in said
     assert world.reward_log.read_text().count("as the prompt wants it") == 1
 
 
