@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from core.rewards import Reward, RewardItem, resolve_reward
+from core.standard_streams import keep_going
 
 Failure = Literal["timeout", "raised", "crashed", "none", "non_finite"]
 
@@ -120,4 +121,5 @@ def _limit(what: int, value: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_going()  # a reward function may print
     main(*sys.argv[1:])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from core.schema import Source
+from core.standard_streams import keep_going
 from rollout.courier import Courier, Ended
 from rollout.endpoints import resolve
 from rollout.engine import Engine, engine_kind
@@ -212,4 +213,5 @@ def _leave_soon(ended: Ended) -> None:
 
 
 if __name__ == "__main__":
+    keep_going()
     sys.exit(main())

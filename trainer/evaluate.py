@@ -14,6 +14,7 @@ import torch
 
 from core.config import Evaluation
 from core.schema import ScoredCompletion
+from core.standard_streams import keep_going
 from rollout.torch_engine import DTYPES
 from trainer.answering import Answered, Evaluator
 from trainer.benchmarks import BENCHMARKS, MODES, find_benchmark
@@ -240,4 +241,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    keep_going()
     sys.exit(main(sys.argv[1:]))
