@@ -16,7 +16,7 @@ from rich.text import Text
 
 from core.config import Config
 from core.metrics import is_evaluation
-from trainer.wording import FAULTS, LOSS_NOTE, flat_text, pass_at_text, step_text, summary
+from trainer.wording import FAULTS, LOSS_NOTE, evaluation_text, flat_text, step_text, summary
 
 SHOW_WAIT_AFTER_S = 2.0
 PRINT_WAIT_AFTER_S = 15.0
@@ -47,7 +47,7 @@ class Console:
         self._step_times: deque[float] = deque(maxlen=20)
         self._faults: dict[str, float] = {}
         self._flat_steps = 0
-        self._first_accuracy = next((line["eval/pass@1"] for line in history if is_evaluation(line)), None)
+        self._evaluations = [line for line in history if is_evaluation(line)]
         self._noted_loss = False
         self._started_s = time.monotonic()
 
@@ -110,13 +110,9 @@ class Console:
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Show held-out results from their metrics line."""
-        accuracy, gain = metrics["eval/pass@1"], ""
-        if self._first_accuracy is None:
-            self._first_accuracy = accuracy
-        elif accuracy is not None:
-            gain = f", {100 * (accuracy - self._first_accuracy):+.1f} points since the start"
+        self._evaluations.append(metrics)
         when = f"after step {metrics['step']}" if metrics["step"] else "before training"
-        self.say(f"evaluation {when}: {pass_at_text(metrics)}{gain}")
+        self.say(f"evaluation {when}: {evaluation_text(self._evaluations)}")
 
     def finish(self, lines: Sequence[Mapping[str, Any]], *, report: Path, model: Path) -> None:
         """Print the summary of a run from its metrics lines."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from core.config import Evaluation
+from core.metrics import CORRECT_ABOVE
 from core.schema import ScoredCompletion
 from core.standard_streams import keep_going
 from rollout.torch_engine import DTYPES
@@ -21,8 +22,7 @@ from trainer.benchmarks import BENCHMARKS, MODES, find_benchmark
 from trainer.command import BAD_INPUT, OK, complain
 from trainer.family import default_cache_root, embedded_family
 
-# Rewards are 0 and 1, or −1 and 1 in some users' functions.
-CORRECT_ABOVE = 0.5
+PLAIN_REWARDS = (-1.0, 0.0, 1.0)
 
 
 class Estimate(NamedTuple):
@@ -64,9 +64,10 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
     """The evaluation line of metrics.jsonl, from the scored completions of each held-out problem.
 
     `eval/pass@k` and `eval/stderr/pass@k` (a completion is correct with a reward above 0.5), `eval/reward`,
-    `eval/mean_length` (tokens, the stop token included), `eval/truncated_ratio`, `eval/unique_trace_ratio` (distinct
-    texts over samples, mean over problems), `eval/problems`, `eval/completions`. Completions whose reward failed are
-    not among the rows; problems without any are left out.
+    `eval/graded_ratio` (share of rewards other than −1, 0 and 1), `eval/mean_length` (tokens, the stop token included),
+    `eval/truncated_ratio`, `eval/unique_trace_ratio` (distinct texts over samples, mean over problems),
+    `eval/problems`, `eval/completions`. Completions whose reward failed are not among the rows; problems without any
+    are left out.
     """
     answered = [row for row in rows if row]
     scored = [one for row in answered for one in row]
@@ -79,6 +80,7 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
         if estimate is not None:
             metrics[f"eval/pass@{k}"], metrics[f"eval/stderr/pass@{k}"] = estimate
     metrics["eval/reward"] = float(np.mean([one.reward for one in scored]))
+    metrics["eval/graded_ratio"] = float(np.mean([one.reward not in PLAIN_REWARDS for one in scored]))
     metrics["eval/mean_length"] = float(np.mean([len(one.completion.tokens) for one in scored]))
     metrics["eval/truncated_ratio"] = float(np.mean([one.completion.finish == "length" for one in scored]))
     metrics["eval/unique_trace_ratio"] = float(np.mean([len({one.text for one in row}) / len(row) for row in answered]))

@@ -116,6 +116,7 @@ def test_summary_by_hand() -> None:
         "eval/pass@2": 0.5,
         "eval/stderr/pass@2": pytest.approx(0.5),
         "eval/reward": 0.25,
+        "eval/graded_ratio": 0.0,
         "eval/mean_length": 4.0,
         "eval/truncated_ratio": 0.25,
         "eval/unique_trace_ratio": 0.75,
@@ -130,6 +131,14 @@ def test_rewards_of_minus_one_and_one_count_as_wrong_and_right() -> None:
     summary = summarise([[scored(0, 0, -1.0), scored(0, 1, 1.0)]], Evaluation(samples=2, k=(1,)))
     assert summary["eval/pass@1"] == 0.5
     assert summary["eval/reward"] == 0.0
+    assert summary["eval/graded_ratio"] == 0.0
+
+
+def test_rewards_between_and_beyond_right_and_wrong_are_graded() -> None:
+    rewards = (0.0, 1.0, 0.5, 3.0)
+    summary = summarise([[scored(0, sample, reward) for sample, reward in enumerate(rewards)]], Evaluation(k=(1,)))
+    assert summary["eval/graded_ratio"] == 0.5
+    assert summary["eval/pass@1"] == 0.5  # 1 and 3
 
 
 @pytest.fixture(scope="module")

@@ -251,6 +251,26 @@ def test_no_explorer_gives_no_shade_and_no_explorer_curve(tmp_path):
     assert "No explorer: plain GRPO" in source
 
 
+def test_graded_rewards_are_charted_before_pass_at_k(tmp_path):
+    make_run(tmp_path, steps=2)
+    with RunLog(tmp_path, resume_step=1) as log:
+        for step, reward in ((2, 2.69), (2, 2.31)):
+            log.write({"step": step, "eval/pass@1": 0.75, "eval/reward": reward, "eval/graded_ratio": 0.9})
+    page, text = parsed(write_report(tmp_path))
+    assert "→ 2.310 mean held-out reward" in text
+    assert "pass@1 (reward above 0.5), " in text
+    assert text.index("Held-out reward Mean over completions") < text.index("Held-out accuracy Completions with")
+    assert page.tags.count("svg") == 17
+
+
+def test_an_evaluation_whose_rewards_all_failed_leaves_a_report(tmp_path):
+    make_run(tmp_path, steps=1, ledger=False)
+    with RunLog(tmp_path, resume_step=0) as log:
+        log.write({"step": 1, "eval/problems": 0.0, "eval/completions": 0.0})
+    _, text = parsed(write_report(tmp_path))
+    assert "33.0 % → 33.0 %" in text
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
