@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(write_report(Path(arguments[0])))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"s2l-po: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -40,14 +40,17 @@ def flat_text(metrics: Mapping[str, Any], flat_steps: int) -> str:
     )
 
 
-def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float) -> list[str]:
-    """From what to what the evaluations went, at what cost, and what the time went to."""
+def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float, *, resumed: bool = False) -> list[str]:
+    """From what to what the evaluations went, at what cost, and what the time went to.
+
+    `seconds`: since this start of the run.
+    """
     evaluations = [line for line in lines if is_evaluation(line)]
     training = [line for line in lines if not is_evaluation(line)]
     texts = headline_texts(evaluations, config)
     if training:
-        tokens = training[-1].get("num_tokens") or 0
-        texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}")
+        tokens, start = training[-1].get("num_tokens") or 0, " in this start" if resumed else ""
+        texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}{start}")
         texts += diagnosis(training, config)
     return texts
 

@@ -260,3 +260,26 @@ def test_under_torchrun_one_rank_speaks_and_the_summary_has_the_message(tmp_path
         assert run.returncode == 2
         assert ("algorithm.steps = 0" in run.stderr) == spoken
         assert "algorithm.steps = 0" in json.loads(error_file.read_text())["message"]["message"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(root: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = run_parts.arguments(root, run_dir, algorithm__steps=3, algorithm__anneal_steps=2)
+    process = subprocess.Popen(
+        [sys.executable, str(run_parts.REPOSITORY / "trainer" / "main.py"), *words],
+        env=run_parts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said == "s2l-po: standard output is gone (Broken pipe); this goes on, and writes its files as before\n"
+    assert [line["step"] for line in run_parts.training_lines(run_dir)] == [1, 2, 3]
+    assert (run_dir / "model" / "model.safetensors").is_file()
+    assert (run_dir / "report.html").is_file()
+    assert (run_dir / "checkpoints" / "step_3").is_dir()

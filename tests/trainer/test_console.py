@@ -1,5 +1,6 @@
 import contextlib
 import io
+import logging
 import os
 import pty
 import sys
@@ -211,6 +212,26 @@ def test_the_smallest_k_stands_for_pass_at_one_where_that_is_not_measured():
     assert taken()[1] == "evaluation after step 20: pass@4 60.0 %, +10.0 points since the start"
     lines = [{"step": 0, "eval/pass@4": 0.5}, {"step": 20, "eval/pass@4": 0.6}]
     assert summary(lines, Config(), 1.0) == ["accuracy 50.0 % → 60.0 % (pass@4, 256 problems x 8)"]
+
+
+def test_the_time_of_a_run_that_was_resumed_is_that_of_this_start():
+    console, taken = plain(history=[step_line(1)])
+    console.finish([step_line(1), step_line(2)], report=REPORT, model=MODEL)
+    assert "2 steps, 6,000 tokens trained, 0 s in this start" in taken()
+
+
+def test_what_deepspeed_says_of_every_run_is_not_shown(capsys):
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        Console(Config())
+        logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+        logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().out == "something else\n"
 
 
 def test_other_ranks_are_silent(monkeypatch):
