@@ -116,9 +116,9 @@ class Session:
         self._closing.callback(self.world.leave)
         check_config(config, self.world.size)
         check_paths(config)
-        require_trackers(config.run.log_to)
         config = self.config = recorded_part(config, self.command.replay)
         if self.world.is_main:
+            require_trackers(config.run.log_to)
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")

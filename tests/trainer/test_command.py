@@ -1,5 +1,6 @@
 """`trainer/main.py` as a user meets it: help, dry run, and bad input with value, bound and remedy (exit code 2)."""
 
+import importlib.util
 import json
 import os
 import re
@@ -207,6 +208,17 @@ def test_resuming_another_computation(fails: Fail, root: Path, tmp_path: Path) -
     assert "run.seed: 0 → 1" in message
     assert "loss.kl_coef: 0.001 → 0.5" in message
     assert "restore them or start a new run" in message
+
+
+def test_a_tracker_that_is_not_installed(
+    fails: Fail, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+    words = arguments(root, tmp_path / "run", run__log_to='["wandb"]')
+    for flags in ([], ["--dry-run"]):
+        assert "wandb is not installed; pip install wandb" in fails([*words, *flags])
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_checkpoint_that_verifies(fails: Fail, root: Path, tmp_path: Path) -> None:
