@@ -26,6 +26,7 @@ class Run(Section, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(description="Seed of prompts, sampling and the embedded models.", ge=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="Where the learner trains.")] = "auto"
     threads: Annotated[int, Meta(description="Torch threads per process on CPU.", ge=1)] = 1
+    log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Meta(description="Where the numbers of metrics.jsonl go as well: TensorBoard files in run.dir/tensorboard, Weights & Biases (WANDB_MODE=offline without a network). Install the library first.")] = ()
 
 
 class Algorithm(Section, frozen=True, kw_only=True):

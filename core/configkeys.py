@@ -54,6 +54,8 @@ def _expected(kind: inspect.Type, name: str) -> str:
             return "true or false"
         case inspect.StrType(min_length=least):
             return "a non-empty string" if least else "a string"
+        case inspect.VarTupleType(item_type=inspect.LiteralType(values=words)):
+            return "a list of " + " and ".join(f'"{word}"' for word in words) + f', such as ["{words[0]}"]'
         case inspect.VarTupleType():
             return "a list of integers, such as [1, 2, 4]"
         case inspect.UnionType():

@@ -13,6 +13,8 @@ import numpy as np
 
 FILE_NAME = "metrics.jsonl"
 EVALUATION = "eval/"
+# A completion counts as correct with a reward above this: right for rewards of 0 and 1, and of -1 and 1.
+CORRECT_ABOVE = 0.5
 
 
 class RunLog:

@@ -21,6 +21,7 @@ import msgspec
 
 from core.reward_errors import MAX_DETAIL, described
 from core.rewards import Reward, RewardItem, UserReward, resolve_reward
+from core.standard_streams import keep_going
 
 Failure = Literal["timeout", "raised", "crashed", "none", "non_finite"]
 
@@ -128,4 +129,5 @@ def _limit(what: int, value: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_going()  # a reward function may print
     main(*sys.argv[1:])

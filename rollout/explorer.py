@@ -5,7 +5,10 @@ Or with no learner running, to fill a store that runs read: `python -m rollout.e
 
 import sys
 
+from core.standard_streams import keep_going
+
 if __name__ == "__main__":
+    keep_going()
     if "--record" in sys.argv:
         from rollout.record import main as record
 

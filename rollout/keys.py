@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         written = make_keys(options.directory, worker=options.worker)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"s2l-po: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"wrote {file}" for file in written))
     return 0

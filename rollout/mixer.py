@@ -151,17 +151,14 @@ class Mixer:
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
         """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n.
 
-        Raises ConfigError where the reward function requires columns that the prompts lack, NothingToTrain where every
-        reward failed.
+        Raises ConfigError where the reward function requires columns that the prompts lack.
         """
         self._rewards.require(prompts, "data.eval")
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
-        self._evaluation, rows = None, evaluation.by_prompt()
-        if not any(rows):
-            raise NothingToTrain(f"evaluation after step {step}: no reward at all: {self._rewards.failures.summary()}")
-        return rows
+        self._evaluation = None
+        return evaluation.by_prompt()
 
     def resume(self, step: int) -> None:
         """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""

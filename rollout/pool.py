@@ -128,7 +128,7 @@ class WorkerPool:
     def waiting_for(self) -> Waiting:
         """What is missing, from whom and since when, and when a worker last moved."""
         try:
-            return self._errands.ask(lambda: waiting(self._roster, time.monotonic()), timeout_s=_ANSWER_S)
+            return self._errands.ask(lambda: waiting(self._roster, self._children), timeout_s=_ANSWER_S)
         except TimeoutError:
             return Waiting(f"the pool's own thread, which is busy for more than {_ANSWER_S:g} s")
 

@@ -128,6 +128,6 @@ def main(arguments: Sequence[str]) -> int:
 
         record(config, engine, options.part, lambda line: print(line, flush=True))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"s2l-po: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

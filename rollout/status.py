@@ -1,13 +1,14 @@
 """What the trainer can say about its workers: whom it waits for, whether waiting is in vain, and all counts."""
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from core.schema import Source
 from rollout.children import Children, Exit
 from rollout.leases import Work
-from rollout.peers import ABLE_TO_WORK, State
+from rollout.peers import ABLE_TO_WORK, Peer, State
 from rollout.roster import Roster
 
 _NAMED = 4  # workers named in one line
@@ -20,9 +21,10 @@ class Waiting(NamedTuple):
     moved_s: float = -math.inf
 
 
-def waiting(roster: Roster, now: float) -> Waiting:
+def waiting(roster: Roster, children: Children) -> Waiting:
     """For each role with unfinished work: its most urgent step, who has it, and since when."""
-    parts = [part for role in roster.terms if (part := _role_line(roster, role, now))]
+    now = time.monotonic()
+    parts = [part for role in roster.terms if (part := _role_line(roster, children, role, now))]
     owing = (peer for peer in roster.peers.values() if peer.state in ABLE_TO_WORK and roster.book.owed(peer.name))
     line = "; ".join(parts) if parts else "nothing: every lease is answered"
     return Waiting(line, max((peer.progress_s for peer in owing), default=-math.inf))
@@ -97,7 +99,7 @@ def held_weights(roster: Roster) -> dict[str, int]:
     }
 
 
-def _role_line(roster: Roster, role: Source, now: float) -> str:
+def _role_line(roster: Roster, children: Children, role: Source, now: float) -> str:
     work = roster.book.work(role)
     if not work:
         return ""
@@ -105,29 +107,38 @@ def _role_line(roster: Roster, role: Source, now: float) -> str:
     same = [item for item in work if (item.lease.purpose, item.lease.step) == (first.purpose, first.step)]
     missing = sum(item.lease.num_completions - item.received for item in same)
     what = f"{missing} {role} completions of {'evaluation' if first.purpose == 'eval' else 'step'} {first.step}"
-    return f"{what} from {_holders(roster, role, same, now)}"
+    return f"{what} from {_holders(roster, children, role, same, now)}"
 
 
-def _holders(roster: Roster, role: Source, work: list[Work], now: float) -> str:
+def _holders(roster: Roster, children: Children, role: Source, work: list[Work], now: float) -> str:
     names = {item.holder for item in work if item.holder}
     lines = [peer.line(now) for peer in roster.peers.values() if peer.name in names]
     queued = sum(not item.holder for item in work)
     if queued:
-        lines.append(f"{queued} leases queued ({_why_queued(roster, role, work, now)})")
+        lines.append(f"{queued} leases queued ({_why_queued(roster, children, role, work, now)})")
     more = len(lines) - _NAMED
     return ", ".join(lines[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _why_queued(roster: Roster, role: Source, work: list[Work], now: float) -> str:
+def _why_queued(roster: Roster, children: Children, role: Source, work: list[Work], now: float) -> str:
     peers = [peer for peer in roster.peers.values() if peer.role == role]
     if not any(peer.state == State.READY for peer in peers):
         latest = {peer.name.rpartition(".")[0]: peer for peer in peers}  # not the sessions it replaced
-        known = ", ".join(peer.line(now) for peer in list(latest.values())[-_NAMED:])
-        return f"no {role} worker is ready; known: {known or 'none has joined yet'}"
+        known = ", ".join(peer.line(now) for peer in list(latest.values())[-_NAMED:]) or "none has joined yet"
+        return f"no {role} worker is ready; known: {known}{_how_to_start(peers, children, role)}"
     published = roster.weights.version if roster.weights is not None else 0
     wanted = min(item.lease.version for item in work if not item.holder)
     return (
         f"weights {wanted} are not published yet" if wanted > published else "every worker is busy, or the buffer full"
+    )
+
+
+def _how_to_start(peers: list[Peer], children: Children, role: Source) -> str:
+    """Explorers that nobody starts by hand never come where the trainer has none of its own."""
+    if role != Source.EXPLORER or children.may_return(role) or any(peer.state in ABLE_TO_WORK for peer in peers):
+        return ""
+    return "; start one: " + " ".join(
+        ("python -m rollout.explorer --connect", str(children.logs.parent), *children.arguments)
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from core.schema import Source
+from core.standard_streams import keep_going
 from rollout.courier import Courier, Ended
 from rollout.endpoints import resolve
 from rollout.engine import Engine, engine_kind
@@ -87,11 +88,12 @@ class Worker:
         endpoint = self._endpoint()
         name = f"{self._options.name}.{secrets.token_hex(4)}"
         keys = worker_keys(Path(self._options.keys)) if self._options.keys else None
-        self._say(f"joining {endpoint} as {name}")
+        patience = self._options.patience
+        self._say(f"joining {endpoint} as {name}; waiting up to {patience:g} s for a trainer (--patience)")
         courier = Courier(
             Link(endpoint, name=name, keys=keys),
             Join(worker=name, role=self._role, pid=os.getpid(), host=socket.gethostname()),
-            patience_s=self._options.patience,
+            patience_s=patience,
             spawned=self._spawned,
             on_end=_leave_soon,
         )
@@ -169,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, *, role: str | None = None) -> 
     try:
         return Worker(options).run()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"s2l-po: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -212,4 +214,5 @@ def _leave_soon(ended: Ended) -> None:
 
 
 if __name__ == "__main__":
+    keep_going()
     sys.exit(main())

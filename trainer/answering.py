@@ -1,6 +1,7 @@
 """A model answers benchmarks: problems loaded, completions generated where they are missing, all of them scored."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ class Loaded(NamedTuple):
     name: str
     prompts: list[Prompt]
     fingerprint: str  # of all its problems, whichever are asked
+    max_tokens: int
 
 
 class Answered(NamedTuple):
@@ -72,8 +74,32 @@ class Evaluator:
         """A benchmark's problems, after saying what was read."""
         options = self._options
         prompts, report = load_problems(name, self._tokenizer, data=options.data, mode=options.mode, seed=options.seed)
+        asked = held_out(prompts, options.problems)
+        budget = self._budget(name, prompts, asked, report)
         print("\n".join(report))
-        return Loaded(name, held_out(prompts, options.problems), prompts_fingerprint(prompts))
+        return Loaded(name, asked, prompts_fingerprint(prompts), budget)
+
+    def _budget(self, name: str, prompts: list[Prompt], asked: list[Prompt], report: list[str]) -> int:
+        """New tokens at most: what was asked for, or the benchmark's as far as the model has positions for it beside
+        the longest of all prompts, so that fewer problems are asked under the same settings."""
+        given, published = self._options.max_tokens, find_benchmark(name).max_tokens
+        positions = positions_of(self._model_dir)
+        if positions is None:
+            return given or published
+        longest = max(len(prompt.token_ids) for prompt in (asked if given else prompts))
+        room = positions - longest
+        if (given or 1) > room:
+            what = f"--max-tokens {given:,} and the" if given else "the"
+            remedy = f"give at most {room:,}, or leave it out" if room > 0 else "take another model"
+            raise ValueError(
+                f"{what} longest prompt of {name} ({longest:,} tokens) exceed the model's {positions:,} positions; "
+                + remedy
+            )
+        if not given and published > room:
+            report.append(
+                f"{name}: at most {room:,} new tokens instead of {published:,}: the model has {positions:,} positions"
+            )
+        return given or min(published, room)
 
     def answer(self, loaded: Loaded) -> Answered:
         """Generate what is missing, score everything, and keep the scores beside the completions."""
@@ -83,7 +109,7 @@ class Evaluator:
             benchmark=name,
             model=self._fingerprint,
             prompts=loaded.fingerprint,
-            sampling=self._sampling(benchmark),
+            sampling=self._sampling(benchmark, loaded.max_tokens),
             seed=options.seed,
             engine=self._kind,
             dtype=self._dtype,
@@ -113,14 +139,14 @@ class Evaluator:
         write_whole(self.out / f"{name}.parquet", _table(answered, source=self._label))
         return answered
 
-    def _sampling(self, benchmark: Benchmark) -> PenalisedSampling:
+    def _sampling(self, benchmark: Benchmark, max_tokens: int) -> PenalisedSampling:
         decoding, options = benchmark.decoding(self._options.mode), self._options
         return PenalisedSampling(
             temperature=options.temperature or decoding.temperature,
             top_p=decoding.top_p,
             top_k=decoding.top_k,
             presence_penalty=decoding.presence_penalty,
-            max_tokens=options.max_tokens or benchmark.max_tokens,
+            max_tokens=max_tokens,
             stop_token_ids=stop_tokens(self._model_dir, self._tokenizer),
         )
 
@@ -134,6 +160,12 @@ class Evaluator:
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, wanted: self._show(f"{what} {done:,} of {wanted:,} completions", done / wanted)
+
+
+def positions_of(model_dir: Path) -> int | None:
+    """Tokens of prompt and completion together that a model can hold; None where config.json does not say."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return int(config["max_position_embeddings"]) if "max_position_embeddings" in config else None
 
 
 def _table(answered: Answered, source: str) -> pa.Table:

@@ -29,9 +29,7 @@ def read_rows(name: str, data: Path, *, part: str) -> Rows:
     """
     if not data.is_dir():
         raise ValueError(f"--data {data}: there is no such directory; it holds {name}.parquet, {name}.jsonl or {name}/")
-    places = [path for suffix in SUFFIXES if (path := data / f"{name}{suffix}").is_file()]
-    if (data / name).is_dir():
-        places.append(data / name)
+    places = places_of(name, data)
     if len(places) != 1:
         found = f"both {places[0].name} and {places[1].name}" if places else "nothing"
         raise ValueError(
@@ -39,6 +37,12 @@ def read_rows(name: str, data: Path, *, part: str) -> Rows:
         )
     files = [places[0]] if places[0].is_file() else _files_below(places[0], part)
     return Rows([row for file in files for row in _rows(file)], files)
+
+
+def places_of(name: str, data: Path) -> list[Path]:
+    """The files NAME.parquet and NAME.jsonl and the folder NAME that are there."""
+    places = [path for suffix in SUFFIXES if (path := data / f"{name}{suffix}").is_file()]
+    return [*places, data / name] if (data / name).is_dir() else places
 
 
 def _files_below(folder: Path, part: str) -> list[Path]:

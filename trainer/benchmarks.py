@@ -13,7 +13,7 @@ from core.countdown import problems
 from core.datasets import Question
 from core.schema import Prompt
 from rollout.prompting import to_prompt
-from trainer.benchmark_files import read_rows
+from trainer.benchmark_files import places_of, read_rows
 from trainer.benchmark_rows import (
     LeftOut,
     Row,
@@ -124,11 +124,12 @@ def load_problems(
 
 
 def _rows(name: str, benchmark: Benchmark, data: Path | None, seed: int) -> tuple[list[Row], str]:
-    if data is None:
-        if name != "countdown":
-            raise ValueError(f"{name} is not embedded: give the directory of its files with --data DIR")
+    """Rows and where they are from; those of countdown are embedded, unless the directory has others."""
+    if name == "countdown" and (data is None or (data.is_dir() and not places_of(name, data))):
         embedded = problems("eval", seed)
         return [{"prompt": one.prompt, "answer": one.target} for one in embedded], "embedded"
+    if data is None:
+        raise ValueError(f"{name} is not embedded: give the directory of its files with --data DIR")
     rows, files = read_rows(name, data, part=benchmark.part)
     return list(rows), ", ".join(str(file) for file in files)
 

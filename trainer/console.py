@@ -1,6 +1,7 @@
 """What the person at the terminal sees: a live line where there is one, plain lines where there is none."""
 
 import io
+import logging
 import os
 import sys
 import time
@@ -16,11 +17,13 @@ from rich.text import Text
 
 from core.config import Config
 from core.metrics import is_evaluation
-from trainer.wording import FAULTS, LOSS_NOTE, flat_text, pass_at_text, step_text, summary
+from trainer.wording import FAULTS, LOSS_NOTE, evaluation_text, flat_text, step_text, summary
 
 SHOW_WAIT_AFTER_S = 2.0
 PRINT_WAIT_AFTER_S = 15.0
 PRINTED_STEPS = 200
+# Of DeepSpeed, in every run: that there is no GPU, and that it does not know our AdamW.
+NOISE = ("Setting accelerator to CPU", "using ZeRO with an untested optimizer")
 
 
 class Console:
@@ -37,6 +40,7 @@ class Console:
         self._config = config
         self._steps = config.algorithm.steps
         self._enabled = os.environ.get("RANK", "0") == "0"
+        logging.getLogger("DeepSpeed").addFilter(_no_noise)  # transformers imports it when it first saves a model
         stream = stream or sys.stdout
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a Latin-1 terminal shows "?" for α; it does not end the run
@@ -47,7 +51,8 @@ class Console:
         self._step_times: deque[float] = deque(maxlen=20)
         self._faults: dict[str, float] = {}
         self._flat_steps = 0
-        self._first_accuracy = next((line["eval/pass@1"] for line in history if is_evaluation(line)), None)
+        self._resumed = bool(history)
+        self._evaluations = [line for line in history if is_evaluation(line)]
         self._noted_loss = False
         self._started_s = time.monotonic()
 
@@ -110,18 +115,14 @@ class Console:
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Show held-out results from their metrics line."""
-        accuracy, gain = metrics["eval/pass@1"], ""
-        if self._first_accuracy is None:
-            self._first_accuracy = accuracy
-        elif accuracy is not None:
-            gain = f", {100 * (accuracy - self._first_accuracy):+.1f} points since the start"
+        self._evaluations.append(metrics)
         when = f"after step {metrics['step']}" if metrics["step"] else "before training"
-        self.say(f"evaluation {when}: {pass_at_text(metrics)}{gain}")
+        self.say(f"evaluation {when}: {evaluation_text(self._evaluations)}")
 
     def finish(self, lines: Sequence[Mapping[str, Any]], *, report: Path, model: Path) -> None:
         """Print the summary of a run from its metrics lines."""
         self._status, self._wait = "", ""
-        for text in summary(lines, self._config, time.monotonic() - self._started_s):
+        for text in summary(lines, self._config, time.monotonic() - self._started_s, resumed=self._resumed):
             self.say(text)
         self.say(f"report: {report}")
         self.say(f"model:  {model}")
@@ -148,6 +149,11 @@ class Console:
             if count > self._faults.get(name, 0):
                 self.warn(f"step {metrics['step']}: {count:.0f} {meaning}")
             self._faults[name] = count
+
+
+def _no_noise(record: logging.LogRecord) -> bool:
+    """Whether to show what DeepSpeed has to say, on standard output and in the middle of our lines."""
+    return not any(noise in record.getMessage() for noise in NOISE)
 
 
 def _bar(done: int, total: int, width: int = 10) -> str:

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print("\n".join(convert(Path(arguments[0]), Path(arguments[1]))))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"s2l-po: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from core.metrics import CORRECT_ABOVE
 from trainer.charts import Series, line_chart, stack_chart
+from trainer.wording import is_graded
 
 Lines = Sequence[Mapping[str, Any]]
 SOURCES = ("explorer", "learner")
@@ -48,7 +50,7 @@ STAGES = {
 
 
 def headline_chart(training: Lines, evaluations: Lines) -> str:
-    """Held-out pass@k over the run, before the explorer's share."""
+    """Held-out pass@k over the run, before the explorer's share; with graded rewards, their mean first."""
     keys = sorted({key for line in evaluations for key in line if key.startswith("eval/pass@")}, key=_k)
     if not keys:
         return "<p class='none'>No evaluation yet.</p>"
@@ -61,8 +63,16 @@ def headline_chart(training: Lines, evaluations: Lines) -> str:
         )
         for place, (key, colour) in enumerate(zip(chosen, colours, strict=False))
     ]
+    shade = "Shaded: the explorer's share α of each group."
     chart = line_chart("Held-out accuracy", series, share=_share(training), percent=True, wide=True)
-    return _figure("Held-out accuracy", "Shaded: the explorer's share α of each group.", series, chart)
+    if not is_graded(evaluations):
+        return _figure("Held-out accuracy", shade, series, chart)
+    rewards = [Series("reward", steps, [line.get("eval/reward") for line in evaluations], "learner", markers=True)]
+    first = line_chart("Held-out reward", rewards, share=_share(training), wide=True)
+    rule = f"Completions with a reward above {CORRECT_ABOVE:g}."
+    return _figure("Held-out reward", f"Mean over completions. {shade}", rewards, first) + _figure(
+        "Held-out accuracy", rule, series, chart
+    )
 
 
 def mixing_chart(training: Lines) -> str:

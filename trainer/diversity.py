@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.diversity import Sample, group_diversity, without_answers
+from core.metrics import CORRECT_ABOVE
 from rollout.store import FOLDER, rollout_file, stored_steps
 from trainer.command import BAD_INPUT, OK, complain
-from trainer.evaluate import CORRECT_ABOVE, pass_at
+from trainer.evaluate import pass_at
 
 COLUMNS = ("source", "step", "prompt_uid", "sample", "number", "text", "token_ids", "reward")
 METRICS = ("self_bleu", "edit_diversity", "unique_answer_ratio")

@@ -1,6 +1,5 @@
 """Pass@k with its uncertainty; `python -m trainer.evaluate MODEL --benchmarks …` measures it without a run."""
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -10,18 +9,18 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import torch
 
 from core.config import Evaluation
+from core.metrics import CORRECT_ABOVE
 from core.schema import ScoredCompletion
-from rollout.torch_engine import DTYPES
+from core.standard_streams import keep_going
 from trainer.answering import Answered, Evaluator
-from trainer.benchmarks import BENCHMARKS, MODES, find_benchmark
 from trainer.command import BAD_INPUT, OK, complain
+from trainer.evaluate_options import check, parser
 from trainer.family import default_cache_root, embedded_family
+from trainer.run_directory import CONFIG_FILE
 
-# Rewards are 0 and 1, or −1 and 1 in some users' functions.
-CORRECT_ABOVE = 0.5
+PLAIN_REWARDS = (-1.0, 0.0, 1.0)
 
 
 class Estimate(NamedTuple):
@@ -63,9 +62,10 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
     """The evaluation line of metrics.jsonl, from the scored completions of each held-out problem.
 
     `eval/pass@k` and `eval/stderr/pass@k` (a completion is correct with a reward above 0.5), `eval/reward`,
-    `eval/mean_length` (tokens, the stop token included), `eval/truncated_ratio`, `eval/unique_trace_ratio` (distinct
-    texts over samples, mean over problems), `eval/problems`, `eval/completions`. Completions whose reward failed are
-    not among the rows; problems without any are left out.
+    `eval/graded_ratio` (share of rewards other than −1, 0 and 1), `eval/mean_length` (tokens, the stop token included),
+    `eval/truncated_ratio`, `eval/unique_trace_ratio` (distinct texts over samples, mean over problems),
+    `eval/problems`, `eval/completions`. Completions whose reward failed are not among the rows; problems without any
+    are left out.
     """
     answered = [row for row in rows if row]
     scored = [one for row in answered for one in row]
@@ -78,6 +78,7 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
         if estimate is not None:
             metrics[f"eval/pass@{k}"], metrics[f"eval/stderr/pass@{k}"] = estimate
     metrics["eval/reward"] = float(np.mean([one.reward for one in scored]))
+    metrics["eval/graded_ratio"] = float(np.mean([one.reward not in PLAIN_REWARDS for one in scored]))
     metrics["eval/mean_length"] = float(np.mean([len(one.completion.tokens) for one in scored]))
     metrics["eval/truncated_ratio"] = float(np.mean([one.completion.finish == "length" for one in scored]))
     metrics["eval/unique_trace_ratio"] = float(np.mean([len({one.text for one in row}) / len(row) for row in answered]))
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 2 bad input."""
     options = parser().parse_args(arguments)
     try:
-        _check(options)
+        check(options)
         model_dir = model_directory(options.model, options.seed)
         with Evaluator(model_dir, options, on_progress=show_progress) as evaluator:
             loaded = {name: evaluator.load(name) for name in options.benchmarks}  # bad files end it before it generates
@@ -183,6 +184,7 @@ def model_directory(name: str, seed: int) -> Path:
     """A Hugging Face directory, or that of an embedded model, made where it is not there yet."""
     kind, colon, part = name.partition(":")
     if kind != "embedded" or not colon:
+        _refuse_run(Path(name))
         return Path(name)
     if part not in ("learner", "explorer"):
         raise ValueError(f"{name}: the embedded models are embedded:learner and embedded:explorer")
@@ -190,54 +192,16 @@ def model_directory(name: str, seed: int) -> Path:
     return family.learner if part == "learner" else family.explorer
 
 
-def _check(options: argparse.Namespace) -> None:
-    for name in options.benchmarks:
-        find_benchmark(name)
-    if options.samples < 1:
-        raise ValueError(f"--samples {options.samples} must be at least 1")
-    # Powers of two up to the number of samples, unless asked for others.
-    options.k = options.k or [2**power for power in range(options.samples.bit_length())]
-    for k in options.k:
-        if not 1 <= k <= options.samples:
-            raise ValueError(f"--k {k}: each k must be between 1 and --samples {options.samples}")
-    if options.temperature is not None and not options.temperature > 0:
-        raise ValueError(f"--temperature {options.temperature}: sampling needs a temperature above 0, such as 1.0")
-    for name in ("problems", "seed"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least 0")
-    for name in ("max_tokens", "batch_rows", "workers", "tensor_parallel"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
-    if not options.score_timeout > 0:
-        raise ValueError(f"--score-timeout {options.score_timeout} must be above 0 seconds")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Measure pass@k of a model.")
-    add = parser.add_argument
-    add("model", help="Hugging Face directory, embedded:learner or embedded:explorer")
-    add("--benchmarks", nargs="+", required=True, metavar="NAME", help=", ".join(BENCHMARKS))
-    add("--data", type=Path, help="directory with NAME.parquet, NAME.jsonl or a folder NAME of each benchmark")
-    add("--out", type=Path, help="directory to write and to continue (runs/evaluations/MODEL-FINGERPRINT/MODE)")
-    add("--samples", type=int, default=16, help="completions per problem, n of pass@k (16)")
-    add("--k", type=int, nargs="+", help="the k of pass@k (powers of two up to --samples)")
-    add("--mode", choices=list(MODES), default="nothink", help="the published settings of Qwen3's modes (nothink)")
-    add("--temperature", type=float, help="instead of the mode's (countdown: 1.0)")
-    add("--max-tokens", type=int, help="longest completion, instead of the benchmark's")
-    add("--problems", type=int, default=0, help="only the first so many; 0 is all (0)")
-    add("--seed", type=int, default=0, help="of sampling, embedded problems and embedded models (0)")
-    add(
-        "--engine", choices=["auto", "torch", "vllm"], default="auto", help="vLLM on a GPU where it is installed (auto)"
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--dtype", choices=sorted(DTYPES), help="working precision (bfloat16 on cuda, float32 on cpu)")
-    add("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads over (1)")
-    add("--batch-rows", type=int, help="completions generated at once (1024 with torch, all with vLLM)")
-    add("--workers", type=int, default=1, help="scoring processes (1)")
-    add("--score-timeout", type=float, default=20.0, help="seconds for the strict check of one completion (20)")
-    return parser
+def _refuse_run(directory: Path) -> None:
+    """A run directory is no model, but has some."""
+    if not (directory / CONFIG_FILE).is_file():
+        return
+    checkpoints = sorted(directory.glob("checkpoints/step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    models = [path for path in (directory / "model", *reversed(checkpoints)) if (path / "config.json").is_file()]
+    hint = f"; did you mean {models[0]}?" if models else ", and has no model yet"
+    raise ValueError(f"{directory} is a run directory{hint}")
 
 
 if __name__ == "__main__":
+    keep_going()
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes (rank 0): metrics, rollouts, trace, ledger, and at the end the report."""
+"""What a run writes down while it goes (rank 0): metrics, rollouts, trace, ledger, report."""
 
 import json
 import time
@@ -9,26 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from core.anneal import Quota
+from core.config import Config
 from core.metrics import RunLog, is_evaluation, read_metrics
 from core.schema import Group, ScoredCompletion
 from rollout.store import write_rollouts
 from trainer.console import Console
-from trainer.report import write_report
+from trainer.report import LiveReport
 from trainer.run_directory import write_atomic
 from trainer.step_metrics import diversity_metrics, group_metrics
 from trainer.timeline import PROCESS, Part, Span, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
+from trainer.trackers import Trackers
 
 
 class Recorder:
     """Files of a run directory, and the console beside them. `resume_step` cuts back what a killed run wrote later.
 
-    `diversity_every`: steps between measurements of Self-BLEU; 0 measures no diversity.
+    The report is renewed at evaluations and checkpoints, and written whatever ends the run. Raises ValueError where
+    something of `run.log_to` does not start.
     """
 
-    def __init__(self, path: Path, console: Console, resume_step: int | None, diversity_every: int) -> None:
+    def __init__(self, path: Path, console: Console, resume_step: int | None, config: Config) -> None:
         self.path, self.console = path, console
-        self._diversity_every = diversity_every
+        self._diversity_every = config.evaluation.diversity_every
+        self._trackers = Trackers(path, config, resume_step, console.warn)
         self.log = RunLog(path, resume_step=resume_step)
         self.tracer = Tracer(path, resume=resume_step is not None)
         self._total_tokens = 0
@@ -36,6 +40,9 @@ class Recorder:
             steps = [line for line in read_metrics(path) if not is_evaluation(line)]
             self._total_tokens = steps[-1]["num_tokens"]
         self._began_s = time.monotonic()
+        self._concluded, self._report = False, LiveReport(path, console.warn)
+        self._report.write()
+        console.say(f"report: {self._report.path}, renewed at evaluations and checkpoints")
 
     def begin(self) -> None:
         """The clock of the next step starts."""
@@ -60,6 +67,7 @@ class Recorder:
         line = {"step": step, **group_metrics(groups, quota, step), **spread, **metrics, **waited, **throughput}
         written = self.log.write(line)
         self.console.step(written)
+        self._trackers.log(written)
         write_rollouts(self.path, step, groups)
         trace_step(self.tracer, step, parts, spans)
         return written
@@ -74,7 +82,10 @@ class Recorder:
     def evaluation(self, step: int, rows: Sequence[Sequence[ScoredCompletion]], metrics: Mapping[str, float]) -> None:
         """Held-out completions after `step`, and what they measure."""
         trace_leases(self.tracer, f"evaluation after step {step}", chain.from_iterable(rows), {"step": step})
-        self.console.evaluation(self.log.write({"step": step, **metrics}))
+        written = self.log.write({"step": step, **metrics})
+        self.console.evaluation(written)
+        self._trackers.log(written)
+        self._report.refresh()
 
     @contextmanager
     def stage(self, name: str, step: int) -> Iterator[None]:
@@ -84,17 +95,24 @@ class Recorder:
         self.tracer.add(PROCESS, name, name, start_s, time.monotonic(), {"step": step})
 
     def ledger(self, report: Mapping[str, Any]) -> None:
-        """The accounts, and a loud line where they do not add up."""
+        """The accounts at a checkpoint, and a loud line where they do not add up."""
         write_atomic(self.path / "ledger.json", json.dumps(report, indent=1))
         if not report["conserved"]:
             self.console.warn("the ledger does not add up: completions were lost or counted twice; see ledger.json")
+        self._report.refresh()
 
     def conclude(self) -> None:
         """The report, and the console's last words."""
         self.tracer.flush()
-        self.console.finish(read_metrics(self.path), report=write_report(self.path), model=self.path / "model")
+        self._report.write()
+        self._concluded = True
+        self.console.finish(read_metrics(self.path), report=self._report.path, model=self.path / "model")
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files. Of a run that was stopped or failed, this is when its report is written."""
+        if not self._concluded:
+            self._report.write()
+            self.console.say(f"report: {self._report.path}")
         self.tracer.close()
         self.log.close()
+        self._trackers.close(done=self._concluded)

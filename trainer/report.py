@@ -2,8 +2,10 @@
 
 import html
 import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -15,9 +17,13 @@ from core.confighelp import explain
 from core.metrics import is_evaluation, read_metrics
 from trainer.curves import curves_section, headline_chart, mixing_chart
 from trainer.diagnosis import diagnosis
+from trainer.run_directory import write_atomic
 from trainer.samples import samples_section
 from trainer.tables import configuration_table, evaluation_table, ledger_table, quota_table, tiles
 
+FILE_NAME = "report.html"
+# Of the time since it was last written; a page with charts takes about half a second, and longer after many steps.
+SHARE, LEAST_COST_S = 0.02, 0.5
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
@@ -71,11 +77,40 @@ def write_report(run_dir: Path) -> Path:
         samples=samples_section(run.run_dir, run.config),
         configuration=configuration_table(run.config),
     )
-    path = run_dir / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    path = run_dir / FILE_NAME
+    write_atomic(path, page)
     return path
+
+
+class LiveReport:
+    """The report of a run that goes on, written anew where that takes a small share of the time since it last was.
+
+    A page that cannot be written, as on a full disk, is a warning and never the end of the run.
+
+    Example: report = LiveReport(Path("runs/tiny"), console.warn); report.refresh()
+    """
+
+    def __init__(self, run_dir: Path, warn: Callable[[str], None]) -> None:
+        self.path = run_dir / FILE_NAME
+        self._warn, self._warned = warn, False
+        self._cost_s, self._written_s = LEAST_COST_S, -math.inf
+
+    def refresh(self) -> None:
+        """Write it, unless it was written too lately."""
+        if time.monotonic() - self._written_s >= self._cost_s / SHARE:
+            self.write()
+
+    def write(self) -> None:
+        """Write it."""
+        began_s = time.monotonic()
+        try:
+            write_report(self.path.parent)
+        except Exception as error:
+            if not self._warned:
+                self._warn(f"no new {self.path.name} ({type(error).__name__}: {error}); the run goes on")
+            self._warned = True
+        self._written_s = time.monotonic()
+        self._cost_s = max(self._cost_s, self._written_s - began_s)
 
 
 def _lead(run: Run) -> str:
@@ -92,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(write_report(Path(arguments[0])))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"s2l-po: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,9 +18,9 @@ CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "loc
 
 # What a resumed run may change: how it runs, not what it computes.
 FREE_KEYS = (
-    "run.dir", "run.threads", "run.device", "algorithm.steps", "learner.max_nonfinite_updates", "explorer.processes",
-    "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight", "stream.",
-    "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "placement.", "reward.workers",
+    "run.dir", "run.threads", "run.device", "run.log_to", "algorithm.steps", "learner.max_nonfinite_updates",
+    "explorer.processes", "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight",
+    "stream.", "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "placement.", "reward.workers",
     "reward.timeout_s", "evaluation.", "checkpoint.",
 )  # fmt: skip
 
@@ -137,5 +137,9 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_atomic(file: Path, text: str) -> None:
     """Replace a file's content; a reader or a crash sees the old one or the new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -32,6 +32,7 @@ from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
+from trainer.trackers import require_trackers
 from trainer.updates import Updates
 from trainer.world import World
 
@@ -117,6 +118,7 @@ class Session:
         check_paths(config)
         config = self.config = recorded_part(config, self.command.replay)
         if self.world.is_main:
+            require_trackers(config.run.log_to)
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")
@@ -178,8 +180,7 @@ class Session:
             console.say(
                 f"continuing after step {step}" if checkpoint else "no checkpoint yet: starting again at step 1"
             )
-        resumed, every = (step if self.command.resume else None), self.config.evaluation.diversity_every
-        self.recorder = Recorder(self.path, console, resumed, diversity_every=every)
+        self.recorder = Recorder(self.path, console, step if self.command.resume else None, self.config)
         self._closing.callback(self.recorder.close)
         if self.command.replay is not None:
             return None
@@ -233,6 +234,7 @@ def dry_run(config: Config) -> list[str]:
     """Read models and data of a configuration and say what was found; nothing is made, started or written."""
     check_paths(config)
     try:
+        require_trackers(config.run.log_to)
         placement = find_placement(config)
         placed = [placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):

@@ -10,7 +10,8 @@ import msgspec
 from core.anneal import quota_at
 from core.config import Config
 from core.configkeys import all_keys, section_of
-from trainer.wording import duration_text, pass_at_keys, percent_text
+from core.metrics import CORRECT_ABOVE
+from trainer.wording import duration_text, is_graded, number_text, pass_at_keys, percent_text
 
 Lines = Sequence[Mapping[str, Any]]
 SOURCES = ("explorer", "learner")
@@ -19,12 +20,7 @@ LEDGER_ROWS = ("produced", "inserted", "rejected", "in_flight", "trained", "drop
 
 def tiles(config: Config, training: Lines, evaluations: Lines, ledger: Mapping[str, Any]) -> str:
     """The headline: from what to what, how long, at what cost."""
-    shown = []
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        for name, key in pass_at_keys(last):
-            gain = 100 * ((last[key] or 0.0) - (first.get(key) or 0.0))
-            shown.append((f"{percent_text(first.get(key))} → {percent_text(last[key])}", f"{name}, {gain:+.1f} points"))
+    shown = _evaluation_tiles([line for line in evaluations if pass_at_keys(line)])
     seconds = sum(line.get("step_time") or 0.0 for line in training)
     done = training[-1]["step"] if training else 0
     shown.append((f"{done} of {config.algorithm.steps}", f"steps, {duration_text(seconds)}"))
@@ -39,6 +35,22 @@ def tiles(config: Config, training: Lines, evaluations: Lines, ledger: Mapping[s
     return "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in shown
     )
+
+
+def _evaluation_tiles(evaluations: Lines) -> list[tuple[str, str]]:
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    shown, rule = [], ""
+    if is_graded(evaluations):
+        before, after = first.get("eval/reward"), last.get("eval/reward")
+        shown.append((f"{number_text(before)} → {number_text(after)}", "mean held-out reward"))
+        rule = f" (reward above {CORRECT_ABOVE:g})"
+    for name, key in pass_at_keys(last):
+        gain = 100 * ((last[key] or 0.0) - (first.get(key) or 0.0))
+        values = f"{percent_text(first.get(key))} → {percent_text(last[key])}"
+        shown.append((values, f"{name}{rule}, {gain:+.1f} points"))
+    return shown
 
 
 def evaluation_table(evaluations: Lines) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.config import Config
-from core.metrics import is_evaluation
+from core.metrics import CORRECT_ABOVE, is_evaluation
 from trainer.diagnosis import diagnosis
 
 LOSS_NOTE = "the loss starts near 0 by construction (ratios near 1, advantages that sum to 0): watch reward and pass@1"
@@ -40,35 +40,69 @@ def flat_text(metrics: Mapping[str, Any], flat_steps: int) -> str:
     )
 
 
-def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float) -> list[str]:
-    """From what to what the accuracy went, at what cost, and what the time went to."""
+def summary(lines: Sequence[Mapping[str, Any]], config: Config, seconds: float, *, resumed: bool = False) -> list[str]:
+    """From what to what the evaluations went, at what cost, and what the time went to.
+
+    `seconds`: since this start of the run.
+    """
     evaluations = [line for line in lines if is_evaluation(line)]
     training = [line for line in lines if not is_evaluation(line)]
-    texts = []
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        problems = last.get("eval/problems") or config.evaluation.problems
-        size = (
-            f"{problems:.0f} problems x {config.evaluation.samples}" if problems else f"x {config.evaluation.samples}"
-        )
-        gains = [
-            f"{name} {percent_text(first[key])} → {percent_text(last[key])}"
-            for name, key in pass_at_keys(last)
-            if key in first
-        ]
-        texts.append(
-            f"accuracy {gains[0].removeprefix('pass@1 ')} (pass@1, {size})" + "".join(f", {gain}" for gain in gains[1:])
-        )
+    texts = headline_texts(evaluations, config)
     if training:
-        tokens = training[-1].get("num_tokens") or 0
-        texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}")
+        tokens, start = training[-1].get("num_tokens") or 0, " in this start" if resumed else ""
+        texts.append(f"{len(training)} steps, {tokens:,.0f} tokens trained, {duration_text(seconds)}{start}")
         texts += diagnosis(training, config)
     return texts
 
 
-def pass_at_text(metrics: Mapping[str, Any]) -> str:
-    """`pass@1 41.2 %, pass@8 78.1 %`"""
-    return ", ".join(f"{name} {percent_text(metrics[key])}" for name, key in pass_at_keys(metrics))
+def headline_texts(evaluations: Sequence[Mapping[str, Any]], config: Config) -> list[str]:
+    """From what to what the evaluations went, in a line; none where nothing was evaluated."""
+    scored = [line for line in evaluations if pass_at_keys(line)]
+    if not scored:
+        return []
+    first, last = scored[0], scored[-1]
+    problems = last.get("eval/problems") or config.evaluation.problems
+    size = f"{problems:.0f} problems x {config.evaluation.samples}" if problems else f"x {config.evaluation.samples}"
+    gains = [
+        f"{name} {percent_text(first[key])} → {percent_text(last[key])}"
+        for name, key in pass_at_keys(last)
+        if key in first
+    ]
+    if is_graded(scored):
+        reward = f"{number_text(first.get('eval/reward'))} → {number_text(last.get('eval/reward'))}"
+        return [f"reward {reward} (mean, {size}); above {CORRECT_ABOVE:g}: {', '.join(gains)}"]
+    if not gains:
+        return []
+    head, _, values = gains[0].partition(" ")
+    return [", ".join([f"accuracy {values} ({head}, {size})", *gains[1:]])]
+
+
+def evaluation_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The last of a run's evaluations so far, and how far it is from the first.
+
+    `pass@1 41.2 %, pass@8 78.1 %, +8.1 points since the start`; with graded rewards
+    `reward 2.310, -0.380 since the start; above 0.5: pass@1 93.8 %, pass@8 100.0 %`
+    """
+    last = evaluations[-1]
+    names = pass_at_keys(last)
+    if not names:
+        return "no completion got a reward"
+    graded = is_graded(evaluations)
+    key = "eval/reward" if graded else names[0][1]
+    known = [line[key] for line in evaluations if line.get(key) is not None]
+    gain = ""
+    if len(known) > 1 and last.get(key) is not None:
+        change = known[-1] - known[0]
+        gain = f", {change:+.3f} since the start" if graded else f", {100 * change:+.1f} points since the start"
+    scores = ", ".join(f"{name} {percent_text(last[key])}" for name, key in names)
+    if graded:
+        return f"reward {number_text(last.get(key))}{gain}; above {CORRECT_ABOVE:g}: {scores}"
+    return scores + gain
+
+
+def is_graded(evaluations: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rewards are more than right and wrong, so that their mean says what pass@k does not."""
+    return any(line.get("eval/graded_ratio") for line in evaluations)
 
 
 def duration_text(seconds: float) -> str:
@@ -82,9 +116,9 @@ def duration_text(seconds: float) -> str:
 
 
 def pass_at_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and metric of the smallest and the largest k that were evaluated."""
+    """Name and metric of the smallest and the largest k that were evaluated; none where no completion got a reward."""
     keys = sorted((key for key in metrics if key.startswith("eval/pass@")), key=lambda key: int(key.rpartition("@")[2]))
-    return [(key.removeprefix("eval/"), key) for key in dict.fromkeys([keys[0], keys[-1]])]
+    return [(key.removeprefix("eval/"), key) for key in dict.fromkeys([*keys[:1], *keys[-1:]])]
 
 
 def percent_text(share: float | None) -> str:

@@ -97,7 +97,8 @@ def test_a_run_without_explorers_of_its_own_waits_for_one_by_hand(
     pool = make_pool()
     pool.submit([make_lease()])
     pool.check()
-    assert "no explorer worker is ready; known: none has joined yet" in pool.waiting_for().line
+    waits = "no explorer worker is ready; known: none has joined yet; start one: python -m rollout.explorer --connect "
+    assert waits + pool.config.run.dir in pool.waiting_for().line
     by_hand("--connect", pool.endpoint)
     sink.wait(16, pool.check)
     assert len(sink.keys) == 16
@@ -135,12 +136,13 @@ def test_wrong_calls_get_one_clear_line_and_exit_code_2(
 def test_a_model_that_is_not_here_is_named(make_pool: PoolMaker, by_hand: Callable[..., ByHand]) -> None:
     worker = by_hand("--connect", make_pool().endpoint, "--model", "/nowhere/model")
     assert worker.end() == 2
-    assert "model directory /nowhere/model does not exist here" in worker.text
+    assert "s2l-po: model directory /nowhere/model does not exist here" in worker.text
 
 
 def test_a_worker_without_a_trainer_gives_up_and_says_so(by_hand: Callable[..., ByHand], tmp_path: Path) -> None:
     worker = by_hand("--connect", f"ipc://{tmp_path}/hub", "--patience", "0.5")
     assert worker.end() == 1
+    assert "waiting up to 0.5 s for a trainer (--patience)" in worker.text
     assert "silent: no answer from the trainer" in worker.text
 
 

@@ -1,5 +1,6 @@
 """`trainer/main.py` as a user meets it: help, dry run, and bad input with value, bound and remedy (exit code 2)."""
 
+import importlib.util
 import json
 import os
 import re
@@ -209,6 +210,17 @@ def test_resuming_another_computation(fails: Fail, root: Path, tmp_path: Path) -
     assert "restore them or start a new run" in message
 
 
+def test_a_tracker_that_is_not_installed(
+    fails: Fail, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest))
+    words = arguments(root, tmp_path / "run", run__log_to='["wandb"]')
+    for flags in ([], ["--dry-run"]):
+        assert "wandb is not installed; pip install wandb" in fails([*words, *flags])
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_checkpoint_that_verifies(fails: Fail, root: Path, tmp_path: Path) -> None:
     words = arguments(root, tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -260,3 +272,26 @@ def test_under_torchrun_one_rank_speaks_and_the_summary_has_the_message(tmp_path
         assert run.returncode == 2
         assert ("algorithm.steps = 0" in run.stderr) == spoken
         assert "algorithm.steps = 0" in json.loads(error_file.read_text())["message"]["message"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(root: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = run_parts.arguments(root, run_dir, algorithm__steps=3, algorithm__anneal_steps=2)
+    process = subprocess.Popen(
+        [sys.executable, str(run_parts.REPOSITORY / "trainer" / "main.py"), *words],
+        env=run_parts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said == "s2l-po: standard output is gone (Broken pipe); this goes on, and writes its files as before\n"
+    assert [line["step"] for line in run_parts.training_lines(run_dir)] == [1, 2, 3]
+    assert (run_dir / "model" / "model.safetensors").is_file()
+    assert (run_dir / "report.html").is_file()
+    assert (run_dir / "checkpoints" / "step_3").is_dir()

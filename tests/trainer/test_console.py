@@ -1,5 +1,6 @@
 import contextlib
 import io
+import logging
 import os
 import pty
 import sys
@@ -174,6 +175,63 @@ def test_the_summary_of_a_run_without_evaluation_or_training():
     assert summary([], Config(), 1.0) == []
     assert len(summary([step_line(1)], Config(), 1.0)) == 1
     assert "accuracy 30.0 % → 30.0 %" in summary([evaluation_line(0, 0.3)], Config(), 1.0)[0]
+
+
+def graded_line(step, reward, accuracy):
+    return evaluation_line(step, accuracy) | {"eval/reward": reward, "eval/graded_ratio": 0.9}
+
+
+def test_graded_rewards_are_headed_by_their_mean():
+    lines = [graded_line(0, 2.69, 0.55), graded_line(20, 2.31, 0.65)]
+    console, taken = plain(history=lines[:1])
+    console.evaluation(lines[1])
+    assert taken() == [
+        "evaluation after step 20: reward 2.310, -0.380 since the start; above 0.5: pass@1 65.0 %, pass@8 85.0 %"
+    ]
+    assert summary(lines, Config(), 1.0) == [
+        "reward 2.690 → 2.310 (mean, 256 problems x 8); above 0.5: pass@1 55.0 % → 65.0 %, pass@8 75.0 % → 85.0 %"
+    ]
+
+
+def test_an_evaluation_whose_rewards_all_failed_is_said():
+    failed = {"step": 20, "eval/problems": 0.0, "eval/completions": 0.0}
+    console, taken = plain()
+    console.evaluation(failed | {"step": 0})
+    console.evaluation(evaluation_line(20, 0.4))
+    assert taken() == [
+        "evaluation before training: no completion got a reward",
+        "evaluation after step 20: pass@1 40.0 %, pass@8 60.0 %",
+    ]
+    assert summary([failed], Config(), 1.0) == []
+
+
+def test_the_smallest_k_stands_for_pass_at_one_where_that_is_not_measured():
+    console, taken = plain()
+    for step, value in ((0, 0.5), (20, 0.6)):
+        console.evaluation({"step": step, "eval/pass@4": value})
+    assert taken()[1] == "evaluation after step 20: pass@4 60.0 %, +10.0 points since the start"
+    lines = [{"step": 0, "eval/pass@4": 0.5}, {"step": 20, "eval/pass@4": 0.6}]
+    assert summary(lines, Config(), 1.0) == ["accuracy 50.0 % → 60.0 % (pass@4, 256 problems x 8)"]
+
+
+def test_the_time_of_a_run_that_was_resumed_is_that_of_this_start():
+    console, taken = plain(history=[step_line(1)])
+    console.finish([step_line(1), step_line(2)], report=REPORT, model=MODEL)
+    assert "2 steps, 6,000 tokens trained, 0 s in this start" in taken()
+
+
+def test_what_deepspeed_says_of_every_run_is_not_shown(capsys):
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        Console(Config())
+        logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+        logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().out == "something else\n"
 
 
 def test_other_ranks_are_silent(monkeypatch):

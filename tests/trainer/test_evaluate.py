@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from core.config import Evaluation
+from core.config import Config, Evaluation
+from core.configfile import write_resolved
 from core.countdown import EOS_ID, WORDS, encode, parse_prompt, problems, solutions
 from core.datasets import question_uid
 from core.schema import (
@@ -116,6 +118,7 @@ def test_summary_by_hand() -> None:
         "eval/pass@2": 0.5,
         "eval/stderr/pass@2": pytest.approx(0.5),
         "eval/reward": 0.25,
+        "eval/graded_ratio": 0.0,
         "eval/mean_length": 4.0,
         "eval/truncated_ratio": 0.25,
         "eval/unique_trace_ratio": 0.75,
@@ -130,6 +133,14 @@ def test_rewards_of_minus_one_and_one_count_as_wrong_and_right() -> None:
     summary = summarise([[scored(0, 0, -1.0), scored(0, 1, 1.0)]], Evaluation(samples=2, k=(1,)))
     assert summary["eval/pass@1"] == 0.5
     assert summary["eval/reward"] == 0.0
+    assert summary["eval/graded_ratio"] == 0.0
+
+
+def test_rewards_between_and_beyond_right_and_wrong_are_graded() -> None:
+    rewards = (0.0, 1.0, 0.5, 3.0)
+    summary = summarise([[scored(0, sample, reward) for sample, reward in enumerate(rewards)]], Evaluation(k=(1,)))
+    assert summary["eval/graded_ratio"] == 0.5
+    assert summary["eval/pass@1"] == 0.5  # 1 and 3
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +371,7 @@ def test_a_broken_file_of_completions_is_named(
         (["--benchmarks", "countdown", "--batch-rows", "0"], "--batch-rows 0 must be at least 1"),
         (["--benchmarks", "countdown", "--score-timeout", "0"], "--score-timeout 0.0 must be above 0"),
         (["--benchmarks", "countdown", "--data", "nowhere"], "--data nowhere: there is no such directory"),
-        (["--benchmarks", "countdown", "--max-tokens", "4096", "--samples", "1"], "exceed the model's"),
+        (["--benchmarks", "countdown", "--max-tokens", "4096"], "--max-tokens 4,096 and the longest prompt of count"),
         (["--benchmarks", "countdown", "--out", "pyproject.toml"], "--out pyproject.toml is a file"),
     ],
 )
@@ -370,6 +381,52 @@ def test_bad_options_are_explained(
     out = [] if "--out" in options else ["--out", str(tmp_path)]
     assert main([str(model_dir), *out, *options]) == 2
     assert message.replace("no_template", str(model_dir)) in capsys.readouterr().err
+
+
+@pytest.fixture
+def short_model(model_dir: Path, tmp_path: Path) -> Path:
+    """A model with fewer positions than countdown's 24 new tokens and a prompt take."""
+    short = shutil.copytree(model_dir, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
+    return short
+
+
+def test_the_budget_is_what_fits_the_model(
+    short_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(short_model, out, "--samples", "1", "--problems", "4")
+    assert "countdown: at most 23 new tokens instead of 24: the model has 30 positions" in capsys.readouterr().out
+    assert json.loads((out / "countdown" / "settings.json").read_text())["sampling"]["max_tokens"] == 23
+    run(short_model, out, "--samples", "1", "--problems", "8")  # the same settings
+
+
+def test_a_model_without_room_for_a_completion_is_refused(
+    short_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((short_model / "config.json").read_text())
+    (short_model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
+    assert main([str(short_model), "--benchmarks", "countdown", "--out", str(tmp_path / "out")]) == 2
+    assert "longest prompt of countdown (7 tokens) exceed the model's 7 positions" in capsys.readouterr().err
+
+
+def test_countdown_needs_no_data_beside_benchmarks_that_do(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    options = ["--data", str(tmp_path / "data"), "--samples", "1", "--problems", "2"]
+    assert run(model_dir, tmp_path / "out", *options)["benchmarks"]["countdown"]["problems"] == 2
+
+
+def test_a_run_directory_is_not_a_model_but_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tmp_path), "--benchmarks", "countdown"]
+    write_resolved(Config(), tmp_path / "config.resolved.json")
+    for made, said in ((None, "no model yet"), ("checkpoints/step_9", "step_9?"), ("checkpoints/step_20", "step_20?"),
+                       ("model", "did you mean {}/model?")):  # fmt: skip
+        if made:
+            (tmp_path / made).mkdir(parents=True)
+            (tmp_path / made / "config.json").write_text("{}")
+        assert main(command) == 2
+        assert said.format(tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["nowhere", "embedded:teacher"])

@@ -9,7 +9,7 @@ from core.schema import Sampling
 from rollout.engine import Request, engine_kind
 from rollout.torch_engine import TorchEngine
 from trainer.answering import Evaluator
-from trainer.evaluate import parser
+from trainer.evaluate_options import parser
 from trainer.penalty import PenalisedSampling, PenalisedTorchEngine, evaluation_engine
 
 

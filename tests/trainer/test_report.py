@@ -16,7 +16,7 @@ from core.metrics import RunLog
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from rollout.store import write_rollouts
 from trainer.charts import Series, line_chart, stack_chart
-from trainer.report import main, write_report
+from trainer.report import LiveReport, main, write_report
 from trainer.tables import equations, ledger_table, tiles
 
 HOSTILE = "<script>alert('x')</script> & \"9 - 5 = 4\""
@@ -251,6 +251,26 @@ def test_no_explorer_gives_no_shade_and_no_explorer_curve(tmp_path):
     assert "No explorer: plain GRPO" in source
 
 
+def test_graded_rewards_are_charted_before_pass_at_k(tmp_path):
+    make_run(tmp_path, steps=2)
+    with RunLog(tmp_path, resume_step=1) as log:
+        for step, reward in ((2, 2.69), (2, 2.31)):
+            log.write({"step": step, "eval/pass@1": 0.75, "eval/reward": reward, "eval/graded_ratio": 0.9})
+    page, text = parsed(write_report(tmp_path))
+    assert "→ 2.310 mean held-out reward" in text
+    assert "pass@1 (reward above 0.5), " in text
+    assert text.index("Held-out reward Mean over completions") < text.index("Held-out accuracy Completions with")
+    assert page.tags.count("svg") == 17
+
+
+def test_an_evaluation_whose_rewards_all_failed_leaves_a_report(tmp_path):
+    make_run(tmp_path, steps=1, ledger=False)
+    with RunLog(tmp_path, resume_step=0) as log:
+        log.write({"step": 1, "eval/problems": 0.0, "eval/completions": 0.0})
+    _, text = parsed(write_report(tmp_path))
+    assert "33.0 % → 33.0 %" in text
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
@@ -284,3 +304,35 @@ def test_charts_of_empty_flat_and_gappy_series():
 def test_a_chart_is_a_function_of_its_numbers():
     series = [Series("a", (1, 2), (1.0, 2.0), "ink")]
     assert line_chart("same", series) == line_chart("same", series)
+
+
+def test_a_live_report_is_renewed_where_that_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    make_run(tmp_path, steps=1)
+    now = 0.0
+
+    def write(run_dir):
+        nonlocal now
+        now += 2.0
+        (run_dir / "report.html").write_text(str(now))
+
+    monkeypatch.setattr("trainer.report.time.monotonic", lambda: now)
+    monkeypatch.setattr("trainer.report.write_report", write)
+    report = LiveReport(tmp_path, pytest.fail)
+    for now, written in ((0.0, 2.0), (99.0, 2.0), (103.0, 105.0), (106.0, 105.0)):  # noqa: B007
+        report.refresh()
+        assert report.path.read_text() == str(written)
+    now = 110.0
+    report.write()
+    assert report.path.read_text() == "112.0"
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(tmp_path):
+    make_run(tmp_path, steps=1)
+    (tmp_path / "report.html").mkdir()
+    warnings = []
+    report = LiveReport(tmp_path, warnings.append)
+    report.write()
+    report.write()
+    assert len(warnings) == 1
+    assert "IsADirectoryError" in warnings[0]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".report")] == []

@@ -166,8 +166,9 @@ def test_the_console_says_what_happened(root: Path) -> None:
     assert "explorer+learner completions per prompt, by step: 4+0 in 1, 3+1 in 2, 2+2 in 3, 0+4 in 4-6" in text
     assert "step 1/6" in text
     assert "step 6/6" in text
-    assert "accuracy" in text
-    assert "report.html" in text
+    assert "(mean, 8 problems x 2); above 0.5: pass@1" in text  # run_rewards.pluses is graded
+    assert text.count("report.html") == 2  # where to look while it trains, and at the end
+    assert "real_accelerator" not in text  # of DeepSpeed, which transformers imports as it saves
     assert "Traceback" not in text
 
 

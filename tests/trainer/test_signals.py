@@ -176,6 +176,8 @@ def test_sigterm_saves_the_step_it_stands_at_and_the_rest_of_the_run_has_the_sam
     process.send_signal(signal.SIGTERM)
     text = finish(process, log=log, code=143)
     assert "stopped by SIGTERM; continue with --resume" in text
+    assert text.count("report.html") == 2
+    assert f"{run_parts.training_lines(run_dir)[-1]['step']} of 6" in (run_dir / "report.html").read_text()
     assert "Traceback" not in text
     eventually(lambda: not run_parts.processes_naming(endpoint), "no process is left")
     step = run_parts.training_lines(run_dir)[-1]["step"]

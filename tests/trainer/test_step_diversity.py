@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from core.anneal import Quota
-from core.config import Config
+from core.config import Config, Evaluation
 from core.diversity import edit_diversity, self_bleu
 from core.metrics import read_metrics
 from core.schema import Group
@@ -62,7 +62,7 @@ def test_self_bleu_comes_every_so_many_steps(
     made_up_groups: Callable[..., list[Group]], tmp_path: Path, every: int, measured: list[int]
 ) -> None:
     with Console(Config()) as console:
-        recorder = Recorder(tmp_path, console, None, diversity_every=every)
+        recorder = Recorder(tmp_path, console, None, Config(evaluation=Evaluation(diversity_every=every)))
         for step in (1, 2, 3):
             groups = made_up_groups(explorer=4, learner=4, step=step)
             metrics = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "time/wait_for_batch": 0.0}
