@@ -331,7 +331,10 @@ def test_help_says_what_each_table_is_about_and_breaks_no_word():
         (["num_generations"], ["algorithm.group_size"]),
         (["stpes"], ["algorithm.steps"]),
         (["gspo"], ["loss.ratio"]),  # in its sentence
-        (["configs/tiny.toml", "run.", "--dry-run"], ["run.dir", "run.seed", "run.device", "run.threads"]),
+        (
+            ["configs/tiny.toml", "run.", "--dry-run"],
+            ["run.dir", "run.seed", "run.device", "run.threads", "run.log_to"],
+        ),
     ],
 )
 def test_help_of_words_is_of_the_keys_that_they_name(words, shown):
