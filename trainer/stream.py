@@ -10,16 +10,16 @@ import msgspec
 import torch
 
 from core.config import Config
-from core.schema import Completion, Group, Prompt, ScoredCompletion, Source
+from core.schema import Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.completion_store import CompletionStore
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
-from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
+from rollout.shared_ids import SharedIdsMixer, id_bounds
 from rollout.timetable import Timetable
 from trainer.devices import Devices
 from trainer.learner import Learner
@@ -59,7 +59,7 @@ class Rollouts:
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
-            on_completion=self._receive,
+            on_completion=lambda purpose, completion: self.mixer.receive(purpose, completion),
             may_grant=self._may_grant,
             on_event=on_event,
         )
@@ -70,9 +70,10 @@ class Rollouts:
             store = CompletionStore(Path(config.explorer.store), identity)
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
         try:
-            self.mixer = Mixer(
-                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse
-            )
+            self.mixer = SharedIdsMixer(
+                config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, reuse=self.reuse,
+                id_bounds=id_bounds(config, {source: role.vocab_size for source, role in terms.items()}),
+            )  # fmt: skip
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
             raise
@@ -163,9 +164,6 @@ class Rollouts:
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
         return lease.purpose == "eval" or lease.step <= self.mixer.wanted_step or self.buffer.has_room(lease.max_bytes)
-
-    def _receive(self, purpose: str, completion: Completion) -> None:
-        self.mixer.receive(purpose, completion)
 
 
 def _share_memory(config: Config, share: float) -> Config:
