@@ -35,11 +35,17 @@ def read_config(directory: Path, key: str) -> PretrainedConfig:
     file = directory / CONFIG
     if not file.is_file():
         raise ValueError(f"{where}: no Hugging Face model directory there (no {CONFIG}): {AGAIN}")
-    _read_json(file, where)
+    content = _read_json(file, where)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
     except Exception as error:  # transformers has classes of its own for what a configuration can be wrong about
-        raise ValueError(f"{where}: {CONFIG} cannot be used ({' '.join(str(error).split())[:300]}): {AGAIN}") from error
+        remedy = f"{AGAIN}, or a transformers that knows it"
+        if "auto_map" in content:
+            remedy = (
+                "it has code of its own, which nothing here runs: convert it, as docs/install.md does for InternLM2.5"
+            )
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: {CONFIG} cannot be used ({text}): {remedy}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

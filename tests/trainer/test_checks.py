@@ -14,7 +14,8 @@ from run_parts import arguments
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
-from core.configfile import ConfigError, load_config, parse_command
+from core.configfile import Command, ConfigError, load_config, parse_command
+from rollout.mixer import Starved
 from trainer.checks import Place, check_start
 from trainer.command import main
 from trainer.model_files import check_model_files
@@ -175,6 +176,14 @@ def inconsistent_config(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
 
 
+def test_a_model_with_code_of_its_own_is_to_be_converted(learner: Path) -> None:
+    config = json.loads((learner / "config.json").read_text())
+    own = {"model_type": "internlm2", "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"}}
+    (learner / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match=r"code of its own, which nothing here runs: convert it"):
+        check_model_files(learner, "learner.model")
+
+
 def no_tokenizer(directory: Path) -> None:
     for file in directory.glob("tokenizer*"):
         file.unlink()
@@ -237,3 +246,19 @@ def test_one_rank_of_a_dry_run_speaks_for_all(
             monkeypatch.setenv(name, value)
         assert main(words) == 0
         assert bool(capsys.readouterr().out) == spoken
+
+
+def test_resume_is_offered_where_there_is_a_checkpoint(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starve(command: Command) -> None:
+        raise Starved("waited 600 s")
+
+    monkeypatch.setattr("trainer.command.SIGNALS.install", lambda: None)
+    monkeypatch.setattr("trainer.loop.train", starve)
+    words = arguments(root, tmp_path / "run")
+    assert main(words) == 1
+    assert capsys.readouterr().err == "s2l-po: waited 600 s\n"
+    (tmp_path / "run" / "checkpoints" / "step_2").mkdir(parents=True)
+    assert main(words) == 1
+    assert capsys.readouterr().err == "s2l-po: waited 600 s (--resume continues from the last checkpoint)\n"
