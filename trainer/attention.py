@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "s2lpo_packed"
 # Measured on a CPU: 64 rows of 20 to 39 tokens take 4 ms padded, 13 ms one by one and 61 ms under a block-diagonal
@@ -29,13 +29,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     transformers builds masks only for names it knows, so none is built. Its caches mix the rows: pass use_cache=False.
     ValueError for attention that reaches over a sliding window, and for models whose attention cannot be replaced.
     """
-    check_full_attention(model.config.get_text_config())
-    AttentionInterface.register(NAME, packed_attention)
-    replace_attention(model, NAME)
-
-
-def check_full_attention(config: PretrainedConfig) -> None:
-    """ValueError where layers of this configuration of a text model reach over a sliding window only."""
+    config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
     windowed = layers is None and getattr(config, "sliding_window", None) is not None
     kinds = {"sliding_attention"} if windowed else set(layers or ()) - {"full_attention"}
@@ -44,6 +38,8 @@ def check_full_attention(config: PretrainedConfig) -> None:
             f"{config.model_type} has {', '.join(sorted(kinds))} layers; packed training knows full attention only: "
             "use learner.micro_batch_tokens=0"
         )
+    AttentionInterface.register(NAME, packed_attention)
+    replace_attention(model, NAME)
 
 
 def replace_attention(model: PreTrainedModel, name: str) -> None:

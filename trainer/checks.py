@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from core.batchcheck import position_problems
 from core.config import Config
@@ -21,7 +21,7 @@ from core.rewards import BUILT_IN
 from core.scoring import RewardPool
 from rollout.engine import engine_kind
 from rollout.torch_weights import read_shape
-from trainer.attention import check_full_attention
+from trainer.attention import use_packed_attention
 from trainer.backend import require_backend
 from trainer.correction import needs_explorer_scores
 from trainer.lora import require_peft
@@ -54,7 +54,8 @@ def check_start(config: Config, place: Place) -> None:
     checks += [partial(check_model_files, Path(name), key) for key, name in models if not name.startswith(EMBEDDED)]
     _raise_all(checks)
     configs = {key: _model_config(name, key) for key, name in models}
-    checks = [partial(_check_lines, config, configs, place)] if config.learner.micro_batch_tokens else []
+    scored = configs if needs_explorer_scores(config.correction) else ("learner.model",)
+    checks = [partial(_check_architecture, config, configs[key], key, place) for key in scored]
     if place.generates:
         checks += [partial(_check_engine, name, key) for key, name in _generating(config, place)]
         checks += [partial(_check_reward, config)] if place.rank == 0 else []
@@ -115,15 +116,17 @@ def _check_libraries(config: Config, place: Place) -> None:
         )
 
 
-def _check_lines(config: Config, configs: dict[str, PretrainedConfig], place: Place) -> None:
-    """Packed rows: the models that train or score them must attend to all of a row, and share out their heads."""
-    for key in configs if needs_explorer_scores(config.correction) else ("learner.model",):
-        try:
-            check_full_attention(configs[key])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-        if config.learner.sequence_parallel > 1:
-            check_heads(configs[key], config.learner.sequence_parallel, place.size, key)
+def _check_architecture(config: Config, found: PretrainedConfig, key: str, place: Place) -> None:
+    """A model that trains or scores: made without numbers, with the attention that its rows need."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, attn_implementation="sdpa")
+        if config.learner.micro_batch_tokens:
+            use_packed_attention(model)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if config.learner.sequence_parallel > 1:
+        check_heads(found.get_text_config(), config.learner.sequence_parallel, place.size, key)
 
 
 def _check_engine(name: str, key: str) -> None:
@@ -134,7 +137,8 @@ def _check_engine(name: str, key: str) -> None:
 
 
 def _check_positions(config: Config, configs: dict[str, PretrainedConfig], place: Place) -> None:
-    limits = {key: getattr(found, "max_position_embeddings", None) for key, found in configs.items()}
+    text_configs = {key: found.get_text_config() for key, found in configs.items()}
+    limits = {key: getattr(found, "max_position_embeddings", None) for key, found in text_configs.items()}
     known = {key: limit for key, limit in limits.items() if isinstance(limit, int)}
     vllm = place.generates and _engine(config, place) == "vllm"
     if problems := list(position_problems(config, known, vllm=vllm)):

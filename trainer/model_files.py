@@ -30,14 +30,14 @@ def check_model_files(directory: Path, key: str) -> None:
 
 
 def read_config(directory: Path, key: str) -> PretrainedConfig:
-    """The configuration of the text model; ValueError, naming the setting `key`, where there is none that is valid."""
+    """The directory's configuration; ValueError, naming the setting `key`, where there is none that is valid."""
     where = f'{key} = "{directory}"'
     file = directory / CONFIG
     if not file.is_file():
         raise ValueError(f"{where}: no Hugging Face model directory there (no {CONFIG}): {AGAIN}")
     content = _read_json(file, where)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers has classes of its own for what a configuration can be wrong about
         remedy = f"{AGAIN}, or a transformers that knows it"
         if "auto_map" in content:

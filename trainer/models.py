@@ -61,7 +61,7 @@ def load_tokenizer(directory: Path, *, key: str = "learner.model") -> PreTrained
 
 def vocab_size(directory: Path, *, key: str = "learner.model") -> int:
     """Rows of the model's output head, which may be more than the tokenizer has tokens; loads no weights."""
-    return int(read_config(directory, key).vocab_size)
+    return int(read_config(directory, key).get_text_config().vocab_size)
 
 
 def save_model(
