@@ -1,6 +1,6 @@
 """How an update's completions are shared out: mini-batches, forward passes, trainer ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from core.config import Config
 
@@ -28,6 +28,27 @@ def rank_problems(config: Config, world_size: int) -> Iterator[str]:
             f"{world_size} trainer ranks x learner.micro_batch_rows = {micro} do not divide the {rows} completions "
             f"that an update shares out: change one of them"
         )
+
+
+def position_problems(config: Config, positions: Mapping[str, int], *, vllm: bool) -> Iterator[str]:
+    """Rows and completions that are longer than a model has positions (max_position_embeddings, by the model's key).
+
+    vLLM engines of both roles are made for the longest completion of either.
+    """
+    prompt, explorer = config.rollout.max_prompt_tokens, config.explorer.max_response_tokens
+    row = (config.rollout.max_response_tokens, "rollout.max_response_tokens")
+    generated = (explorer, "explorer.max_response_tokens") if explorer else row
+    scored = row if config.correction.learner.weight == "mixture" else generated  # by the explorer, in training
+    longest = max(row, generated)
+    needs = {"learner.model": row, "explorer.model": max(scored, generated)}
+    for key, limit in positions.items():
+        tokens, name = longest if vllm else needs[key]
+        if prompt + tokens > limit:
+            lower = f"{name} to {limit - prompt} or less" if prompt < limit else "both"
+            yield (
+                f"rollout.max_prompt_tokens {prompt} + {name} {tokens} = {prompt + tokens} exceeds the {limit} "
+                f"positions of {key}: lower {lower}, or use a model with more positions"
+            )
 
 
 def _batches(config: Config) -> Iterator[str]:

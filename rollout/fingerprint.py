@@ -10,6 +10,7 @@ from rollout.messages import Fingerprints
 
 # A tokenizer without tokenizer.json is the bytes of those of these files that exist.
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", *_SLOW_FILES)
 # Settings of the caller, which saving writes along; they do not change what an id means.
 _CALLER_KEYS = ("truncation", "padding")
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")

@@ -15,7 +15,7 @@ def welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
         engine=config.engine,
         tensor_parallel=rollout.tensor_parallel,
         memory_share=rollout.memory_share,
-        max_model_tokens=rollout.max_prompt_tokens + explorer_tokens(config),
+        max_model_tokens=rollout.max_prompt_tokens + max(rollout.max_response_tokens, explorer_tokens(config)),
         device=config.run.device,
         dtype=config.learner.dtype,
         heartbeat_s=stream.heartbeat_s,

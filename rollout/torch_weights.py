@@ -42,7 +42,8 @@ def read_shape(model_dir: Path) -> Shape:
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{file}: architecture {architecture} is not supported by the torch engine; it runs {ARCHITECTURES}"
+            f"{file}: architecture {architecture} is not supported by the torch engine, which runs "
+            f"{' and '.join(ARCHITECTURES)}"
         )
     qwen = architecture == "Qwen3ForCausalLM"
     rope = config.get("rope_parameters") or {
@@ -59,7 +60,7 @@ def read_shape(model_dir: Path) -> Shape:
         "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
     }
     if found := {key: value for key, value in unsupported.items() if value}:
-        raise ValueError(f"{file}: the torch engine does not support {found}; use another engine for this model")
+        raise ValueError(f"{file}: the torch engine does not support {found}")
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Shape(

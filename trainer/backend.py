@@ -127,15 +127,20 @@ class TorchBackend:
         self.optimizer.restore(state, updates)
 
 
-def make_backend(model: PreTrainedModel, settings: LearnerSettings, world: World) -> Backend:
-    """What `learner.backend` names; ValueError where DeepSpeed is asked for and not installed."""
-    if settings.backend == "torch":
-        return TorchBackend(model, settings, world)
-    if not importlib.util.find_spec("deepspeed"):
+def require_backend(settings: LearnerSettings) -> None:
+    """ValueError where DeepSpeed is asked for and not installed."""
+    if settings.backend == "deepspeed" and not importlib.util.find_spec("deepspeed"):
         raise ValueError(
             'learner.backend = "deepspeed" and DeepSpeed is not installed: pip install "deepspeed>=0.19.8,<0.20", or '
             "use learner.backend=torch"
         )
+
+
+def make_backend(model: PreTrainedModel, settings: LearnerSettings, world: World) -> Backend:
+    """What `learner.backend` names; ValueError as `require_backend` says."""
+    require_backend(settings)
+    if settings.backend == "torch":
+        return TorchBackend(model, settings, world)
     from trainer.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(model, settings, world)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from core.configfile import Command, ConfigError, parse_command
-from core.confighelp import explain, help_text
+from core.confighelp import help_text
 from trainer.signals import SIGNALS, Stopped
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
@@ -42,12 +42,14 @@ def run(command: Command) -> int:
 
     gc.enable()
     if command.dry_run:
-        print("\n".join([*explain(command.config), *dry_run(command.config)]))
+        for line in dry_run(command):
+            print(line)
         return OK
     try:
         train(command)
     except (NothingToTrain, Starved, WorkersLost, NonFiniteUpdatesError) as error:
-        return complain(f"{error} (--resume continues from the last checkpoint)", FAILED)
+        saved = any((Path(command.config.run.dir) / "checkpoints").glob("step_*"))
+        return complain(f"{error}{' (--resume continues from the last checkpoint)' if saved else ''}", FAILED)
     return OK
 
 

@@ -24,6 +24,12 @@ NAME = "adapter"
 _PARTS = (".base_layer.", f".lora_A.{NAME}.", f".lora_B.{NAME}.")
 
 
+def require_peft() -> None:
+    """ValueError where peft is not installed."""
+    if not importlib.util.find_spec("peft"):
+        raise ValueError('learner.lora_rank needs peft: pip install "peft>=0.21,<0.22", or use learner.lora_rank=0')
+
+
 class Adapter:
     """Puts adapters beside every linear layer of `model` but its head, and freezes the rest.
 
@@ -32,8 +38,7 @@ class Adapter:
     """
 
     def __init__(self, model: PreTrainedModel, settings: LearnerSettings, saved: Path | None) -> None:
-        if not importlib.util.find_spec("peft"):
-            raise ValueError('learner.lora_rank needs peft: pip install "peft>=0.21,<0.22", or use learner.lora_rank=0')
+        require_peft()
         from peft import LoraConfig, inject_adapter_in_model
 
         self.scale = settings.lora_alpha / settings.lora_rank

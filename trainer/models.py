@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kernels.ops import linear_logprob
+from trainer.model_files import AGAIN, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS = 8
@@ -50,15 +50,18 @@ def load_model(directory: Path, *, dtype: torch.dtype, device: torch.device, key
 
 
 def load_tokenizer(directory: Path, *, key: str = "learner.model") -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory; ValueError if the directory is missing."""
+    """The tokenizer of a Hugging Face directory; ValueError if it is missing or cannot be read."""
     _check_directory(directory, key)
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f'{key} = "{directory}": its tokenizer cannot be read ({text}): {AGAIN}') from error
 
 
 def vocab_size(directory: Path, *, key: str = "learner.model") -> int:
     """Rows of the model's output head, which may be more than the tokenizer has tokens; loads no weights."""
-    _check_directory(directory, key)
-    return int(AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().vocab_size)
+    return int(read_config(directory, key).get_text_config().vocab_size)
 
 
 def save_model(

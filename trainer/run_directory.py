@@ -33,8 +33,11 @@ class RunDirectory:
 
     def __init__(self, config: Config, *, resume: bool, clean: bool) -> None:
         self.path = Path(config.run.dir).resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = hold(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.path)
+        except OSError as error:
+            raise ConfigError(_not_writable(self.path, error.strerror)) from error
         try:
             self._claim(config, resume=resume, clean=clean)
         except BaseException:
@@ -42,21 +45,9 @@ class RunDirectory:
             raise
 
     def _claim(self, config: Config, *, resume: bool, clean: bool) -> None:
-        holds_run = (self.path / CONFIG_FILE).exists()
-        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE)
-        if resume and not holds_run:
-            raise ConfigError(f"--resume: {self.path} holds no run; start it without --resume")
-        if foreign and not holds_run:
-            raise ConfigError(f"run.dir: {self.path} holds other files ({', '.join(foreign[:3])} …); choose another")
-        if holds_run and (clean or (not resume and came_to_nothing(self.path))):
+        check_directory(config, resume=resume, clean=clean)
+        if not resume:
             empty(self.path)
-        elif holds_run and not resume:
-            raise ConfigError(
-                f"run.dir: {self.path} already holds a run; continue it with --resume, "
-                "delete it with --clean, or choose another"
-            )
-        elif holds_run:
-            refuse_changes(json.loads((self.path / CONFIG_FILE).read_text()), config)
         self.run_id, self.incarnation = self._identity()
         write_resolved(config, self.path / CONFIG_FILE)
         for name in ("logs", "rollouts", "checkpoints"):
@@ -74,6 +65,34 @@ class RunDirectory:
     def close(self) -> None:
         """Let another process have the directory."""
         os.close(self._lock)
+
+
+def check_directory(config: Config, *, resume: bool, clean: bool) -> None:
+    """Raise ConfigError where a run cannot have `config.run.dir`; changes nothing."""
+    path = Path(config.run.dir).resolve()
+    if resume and not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"--resume: {path} holds no run; start it without --resume")
+    above = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not above.is_dir():
+        raise ConfigError(_not_writable(path, f"{above} is no directory"))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(_not_writable(path, f"no permission to write in {above}"))
+    if above != path:
+        return
+    holds_run = (path / CONFIG_FILE).exists()
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE)
+    if foreign and not holds_run:
+        raise ConfigError(f"run.dir: {path} holds other files ({', '.join(foreign[:3])} …); choose another")
+    if resume:
+        refuse_changes(json.loads((path / CONFIG_FILE).read_text()), config)
+    elif holds_run and not clean and not came_to_nothing(path):
+        raise ConfigError(
+            f"run.dir: {path} already holds a run; continue it with --resume, delete it with --clean, or choose another"
+        )
+
+
+def _not_writable(path: Path, why: str | None) -> str:
+    return f'run.dir = "{path}" cannot be made or written ({why}); choose another'
 
 
 def hold(path: Path) -> int:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from trainer.attention import packed_attention, replace_attention, use_packed_attention
 from trainer.micro_batch import NO_SOURCE, MicroBatch
@@ -31,26 +31,29 @@ NAME = "s2lpo_packed_shared"
 def share_attention(model: PreTrainedModel, world: World, key: str) -> None:
     """Make `model`, which configuration key `key` names, attend over lines that the ranks of `world.line` share.
 
-    ValueError where heads cannot be shared out: query heads must be a multiple of the ranks, key-value heads a multiple
-    or a divisor (each is then given to several ranks).
+    ValueError where heads cannot be shared out, as `check_heads` says.
     """
     use_packed_attention(model)
-    config, parts = model.config.get_text_config(), world.line_size
+    parts = world.line_size
+    check_heads(model.config.get_text_config(), parts, world.size, key)
+    assert world.line is not None, "a line of several ranks has a group"
+    AttentionInterface.register(NAME, partial(shared_attention, line=world.line, parts=parts))
+    replace_attention(model, NAME)
+
+
+def check_heads(config: PretrainedConfig, parts: int, ranks: int, key: str) -> None:
+    """ValueError where `parts` of all `ranks` cannot share the heads of key `key`'s text model: query heads must be a
+    multiple of the parts, key-value heads a multiple or a divisor (each is then given to several ranks)."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % parts or (kv_heads % parts and parts % kv_heads):
         fitting = [
-            n
-            for n in range(2, world.size + 1)
-            if not world.size % n and not heads % n and not (kv_heads % n and n % kv_heads)
+            n for n in range(2, ranks + 1) if not ranks % n and not heads % n and not (kv_heads % n and n % kv_heads)
         ]
         raise ValueError(
             f"learner.sequence_parallel = {parts} cannot share out {heads} query and {kv_heads} key-value heads of "
             f"{key}: use one of {fitting or 'none'} or 1"
         )
-    assert world.line is not None, "a line of several ranks has a group"
-    AttentionInterface.register(NAME, partial(shared_attention, line=world.line, parts=parts))
-    replace_attention(model, NAME)
 
 
 def shared_attention(

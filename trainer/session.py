@@ -1,6 +1,5 @@
 """One run, set up and torn down: directory, models, data, learner, workers; and what is due after each step."""
 
-import os
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import Self
 
 import torch
 
-from core.config import Config
-from core.configcheck import EMBEDDED, check_config, check_paths
+from core.configcheck import EMBEDDED
 from core.configfile import Command
 from core.confighelp import explain
 from core.configkeys import ConfigError
@@ -21,6 +19,7 @@ from rollout.pool import WorkersLost
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
 from trainer.checkpoint import newest_checkpoint
+from trainer.checks import Place, check_start
 from trainer.console import Console
 from trainer.devices import find_placement, memory_report, take_gpus
 from trainer.evaluate import summarise
@@ -28,13 +27,12 @@ from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
 from trainer.record import Recorder
 from trainer.replay import compare, open_stream, recorded_part
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, check_directory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
-from trainer.trackers import require_trackers
 from trainer.updates import Updates
-from trainer.world import World
+from trainer.world import World, find_rank
 
 
 class Session:
@@ -114,11 +112,10 @@ class Session:
         timeout_s, line_size = config.stream.starvation_s + 300, config.learner.sequence_parallel
         self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
-        check_config(config, self.world.size)
-        check_paths(config)
         config = self.config = recorded_part(config, self.command.replay)
+        generates = self.command.replay is None
+        check_start(config, Place(self.world.rank, self.world.size, self.world.device, generates=generates))
         if self.world.is_main:
-            require_trackers(config.run.log_to)
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")
@@ -230,19 +227,22 @@ class Session:
             write_rollouts(self.path, self.learner.step + 1, self.updates.groups)
 
 
-def dry_run(config: Config) -> list[str]:
-    """Read models and data of a configuration and say what was found; nothing is made, started or written."""
-    check_paths(config)
+def dry_run(command: Command) -> list[str]:
+    """Check what a run would, read its models' files and its data, and say what was found; nothing is made, started or
+    written. Other ranks than the first say nothing."""
     try:
-        require_trackers(config.run.log_to)
+        config = recorded_part(command.config, command.replay)
+        rank, size, device = find_rank(config.run.device, line_size=config.learner.sequence_parallel)
+        if rank:
+            return []
         placement = find_placement(config)
-        placed = [placement.line()]
+        check_start(config, Place(rank, size, device, generates=command.replay is None))
+        check_directory(config, resume=command.resume, clean=command.clean)
+        said = [*explain(config), placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
-            return [*placed, *load_questions(config.data, "train", config.run.seed).report]
-        world = World(rank=0, size=1, device=torch.device("cpu"))
-        materials = load_materials(config, world, Console(config))
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        memory = memory_report(config, placement, materials.learner_dir, materials.explorer_dir, ranks=ranks)
-        return [*placed, *memory, *materials.report]
+            return [*said, *load_questions(config.data, "train", config.run.seed).report]
+        materials = load_materials(config, World(rank=0, size=1, device=device), Console(config))
+        memory = memory_report(config, placement, materials.learner_dir, materials.explorer_dir, ranks=size)
+        return [*said, *memory, *materials.report]
     except ValueError as error:
         raise ConfigError(str(error)) from error

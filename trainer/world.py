@@ -43,13 +43,7 @@ class World:
         `timeout_s` bounds the collectives of training, which all ranks reach at about the same time. ValueError for a
         half-set environment, a missing GPU, more local ranks than GPUs, or ranks that `line_size` does not divide.
         """
-        rank, size, local_rank = _torchrun_environment()
-        if size % line_size:
-            raise ValueError(
-                f"learner.sequence_parallel = {line_size} ranks share a line of tokens, and there are {size}: start "
-                f"{line_size} trainer ranks or a multiple of it (torchrun --nproc-per-node)"
-            )
-        torch_device = _choose_device(device, local_rank)
+        rank, size, torch_device = find_rank(device, line_size=line_size)
         if size == 1:
             return cls(rank=0, size=1, device=torch_device)
         backend = "gloo"
@@ -141,6 +135,18 @@ class World:
             dist.all_reduce(
                 tensor, op=operation, group=None if tensor.device.type == self.device.type else self.control
             )
+
+
+def find_rank(device: Literal["auto", "cpu", "cuda"] = "auto", *, line_size: int = 1) -> tuple[int, int, torch.device]:
+    """This rank, the number of ranks and this rank's device, met or not; ValueError for what `World.join` refuses."""
+    rank, size, local_rank = _torchrun_environment()
+    if size % line_size:
+        raise ValueError(
+            f"learner.sequence_parallel = {line_size} ranks share a line of tokens, and there are {size}: start "
+            f"{line_size} trainer ranks or a multiple of it (torchrun --nproc-per-node), or use "
+            "learner.sequence_parallel=1"
+        )
+    return rank, size, _choose_device(device, local_rank)
 
 
 def _torchrun_environment() -> tuple[int, int, int]:

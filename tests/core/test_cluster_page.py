@@ -5,6 +5,7 @@ from pathlib import Path
 
 from core.configcheck import check_config
 from core.configfile import load_config
+from core.memory import GIB, ModelShape, trainer_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,3 +29,14 @@ def test_keys_named_in_the_text_exist() -> None:
     assert len(named) >= 8
     # Modules and files share the form; these are the ones meant.
     assert missing == []
+
+
+def test_the_memory_of_the_example_is_what_the_preflight_says() -> None:
+    text = (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    qwen3_8b = ModelShape(
+        vocab=151936, hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, tied=False,
+        qk_norm=True, qkv_bias=False,
+    )  # fmt: skip
+    words = ["learner.backend=deepspeed", "learner.zero_stage=3"]
+    parts = trainer_parts(load_config(ROOT / "configs" / "qwen3_1.7b_to_8b.toml", words), qwen3_8b, None, ranks=4)
+    assert f"memory of a trainer rank: {sum(parts.values()) / GIB:.1f} GiB" in text

@@ -235,8 +235,9 @@ def test_no_checkpoint_that_verifies(fails: Fail, root: Path, tmp_path: Path) ->
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(run_parts.HERE))
     assert main([*arguments(root, tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "4+0 in 1, 3+1 in 2, 2+2 in 3, 0+4 in 4-6" in text
