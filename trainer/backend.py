@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from core.config import Learner as LearnerSettings
 from kernels.head import LogprobModel
 from trainer.attention import use_packed_attention
+from trainer.closed_forms import use_closed_forms
 from trainer.models import DTYPES, load_model, use_liger
 from trainer.objective import Forward
 from trainer.optimizer import Optimizer
@@ -160,4 +161,6 @@ def read_model(directory: Path, settings: LearnerSettings, world: World, key: st
         use_packed_attention(model)
     if settings.liger and world.device.type == "cuda":
         use_liger(model, rotary=settings.recompute == "full" or not changes_products(model))
+    elif world.device.type == "cpu":
+        use_closed_forms(model)
     return model

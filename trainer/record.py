@@ -32,6 +32,7 @@ class Recorder:
     def __init__(self, path: Path, console: Console, resume_step: int | None, config: Config) -> None:
         self.path, self.console = path, console
         self._diversity_every = config.evaluation.diversity_every
+        self._limit = config.rollout.max_response_tokens  # longer answers, of explorers, are cut to it
         self._trackers = Trackers(path, config, resume_step, console.warn)
         self.log = RunLog(path, resume_step=resume_step)
         self.tracer = Tracer(path, resume=resume_step is not None)
@@ -59,12 +60,19 @@ class Recorder:
         """A step trained: its line, which is returned as it was written, its rows and its spans."""
         groups = [group for part in parts for group in part.groups]
         seconds = time.monotonic() - self._began_s
-        tokens = sum(len(row.completion.tokens) for group in groups for row in group.rows)
+        tokens = sum(min(len(row.completion.tokens), self._limit) for group in groups for row in group.rows)
         self._total_tokens += tokens
         throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
         waited = wait_shares(parts)
         spread = self._diversity(step, groups)
-        line = {"step": step, **group_metrics(groups, quota, step), **spread, **metrics, **waited, **throughput}
+        line = {
+            "step": step,
+            **group_metrics(groups, quota, step, limit=self._limit),
+            **spread,
+            **metrics,
+            **waited,
+            **throughput,
+        }
         written = self.log.write(line)
         self.console.step(written)
         self._trackers.log(written)

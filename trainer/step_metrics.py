@@ -13,8 +13,8 @@ from core.schema import Group, ScoredCompletion, Source
 DIVERSITY_ROWS, DIVERSITY_GROUPS, SELF_BLEU_GROUPS = 4, 64, 16
 
 
-def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str, float]:
-    """Rewards, zero-variance groups, lengths and staleness of one step's groups.
+def group_metrics(groups: Sequence[Group], quota: Quota, step: int, *, limit: int) -> dict[str, float]:
+    """Rewards, zero-variance groups, lengths and staleness of one step's groups, of which `limit` tokens a row train.
 
     A group whose rewards are all equal has no advantage: `all_fail` where they are ≤ 0, `all_pass` otherwise.
     """
@@ -40,7 +40,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str,
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": truncated(rows),
+        "completions/clipped_ratio": truncated(rows, limit),
     }
     for source in Source:
         own = [row for row in rows if row.completion.key.source is source]
@@ -48,7 +48,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int) -> dict[str,
         if own:
             metrics[f"{source}/reward"] = np.mean([row.reward for row in own])
             metrics[f"{source}/length"] = np.mean([len(row.completion.tokens) for row in own])
-            metrics[f"{source}/truncated"] = truncated(own)
+            metrics[f"{source}/truncated"] = truncated(own, limit)
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
 
 
@@ -80,6 +80,6 @@ def staleness(row: ScoredCompletion, step: int) -> int:
     return 0 if completion.key.source is Source.EXPLORER else step - 1 - completion.version
 
 
-def truncated(rows: Sequence[ScoredCompletion]) -> float:
-    """Share of completions cut by the length limit."""
-    return sum(row.completion.finish == "length" for row in rows) / len(rows)
+def truncated(rows: Sequence[ScoredCompletion], limit: int) -> float:
+    """Share of completions that were cut by their own length limit, or are by that of training."""
+    return sum(row.completion.finish == "length" or len(row.completion.tokens) > limit for row in rows) / len(rows)
