@@ -173,7 +173,7 @@ def test_every_loss_and_correction_trains_on_the_same_groups(
 
 def test_explorer_negatives_leave_the_loss_but_not_the_baseline(root: Path, recorded: list[list[Group]]) -> None:
     groups = recorded[1]
-    config = config_of(root, {"correction.explorer_negatives": "drop"})
+    config = config_of(root, {"correction.explorer_negatives": "drop", "learner.skip_zero_gradient": "false"})
     batch = pack_step(groups, config)
     weights = torch.cat([micro.token_weight_T for mini in batch.mini_batches for micro in mini.micro_batches])
     sources = torch.cat([micro.source_T for mini in batch.mini_batches for micro in mini.micro_batches])
