@@ -166,9 +166,10 @@ def _embedded(config: Config) -> Iterator[str]:
             )
     for key, name in {"data.train": data.train, "data.eval": data.eval}.items():
         if name.startswith(EMBEDDED) and name not in EMBEDDED_DATA:
-            yield f'{key} = "{name}": expected {EMBEDDED_DATA[0]} or a parquet file'
+            yield f'{key} = "{name}": expected {EMBEDDED_DATA[0]}, a parquet file or a .jsonl file'
     if data.eval and data.eval.startswith(EMBEDDED) != data.train.startswith(EMBEDDED):
-        yield f'data.train = "{data.train}" and data.eval = "{data.eval}": both embedded, or both parquet files'
+        given = f'data.train = "{data.train}" and data.eval = "{data.eval}"'
+        yield f"{given}: both embedded, or both parquet files (or .jsonl)"
 
 
 def _reward(config: Config) -> Iterator[str]:
@@ -200,7 +201,7 @@ def _path_problems(config: Config) -> Iterator[str]:
             yield f'{key} = "{model}": no Hugging Face model directory there (no config.json): download the model first'
     for key, file in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
         if file and not file.startswith(EMBEDDED) and not Path(file).is_file():
-            yield f'{key} = "{file}": no such parquet file'
+            yield f'{key} = "{file}": no such {"" if file.endswith(".jsonl") else "parquet "}file'
     if config.stream.keys and not Path(config.stream.keys).is_dir():
         yield f'stream.keys = "{config.stream.keys}": no such directory: make it with python -m rollout.keys'
     if config.explorer.store and explorer_needed(config) and (problem := folder_problem(Path(config.explorer.store))):

@@ -1,7 +1,7 @@
 import pytest
 
 from core.gold import look_at_golds
-from core.math_answers import require_gold
+from core.math_answers import answers_equal, extract_answer, require_gold
 
 SOLUTION = "Natalia sold 48/2 = 24 clips in May.\nShe sold 48 + 24 = 72 clips."
 
@@ -10,7 +10,12 @@ SOLUTION = "Natalia sold 48/2 = 24 clips in May.\nShe sold 48 + 24 = 72 clips."
     "gold", ["5", "033", "1,234", r"$\frac{1}{2}$", "(1, 2)", "x = 3", f"{SOLUTION}\n" r"\boxed{72}"]
 )
 def test_gold_answers_that_can_be_matched(gold):
+    """Whatever passes is found right in a response that boxes it."""
     require_gold(gold)
+    response = f"So it is {gold}" if "boxed" in gold else rf"So it is \boxed{{{gold}}}."
+    answer = extract_answer(response)
+    assert answer is not None
+    assert answers_equal(gold, answer)
 
 
 @pytest.mark.parametrize(
