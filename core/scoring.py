@@ -59,7 +59,7 @@ class RewardPool:
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
-        self._closing = False
+        self._roused = self._closing = False
         self._error: Exception | None = None
         self._settled = threading.Event()  # the first child is ready, or the pool has failed
         # The thread starts the children, because the kernel ends them with the thread that started them.
@@ -98,9 +98,11 @@ class RewardPool:
         self.close()
 
     def _rouse(self) -> None:
-        # A full socket wakes the thread as well as one byte more would; a closed one has nobody left to wake.
-        with contextlib.suppress(OSError):
-            self._wake.send(b"\0")
+        # One byte until the thread has seen it: a call for each item would hand Python's lock over as often.
+        if not self._roused:
+            self._roused = True
+            with contextlib.suppress(OSError):  # a closed socket has nobody left to wake
+                self._wake.send(b"\0")
 
     def _run(self) -> None:
         children: list[Child] = []
@@ -151,6 +153,7 @@ class RewardPool:
         for key, _ in self._selector.select(wait_s):
             if key.data is None:
                 self._woken.recv(1 << 16)
+                self._roused = False  # before the queue is looked at: what is put in from now on rouses again
                 continue
             replies, alive = key.data.receive()
             for reply in replies:
