@@ -18,7 +18,8 @@ from rollout.buffer import BufferState, ReplayBuffer
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
-from rollout.mixer import Mixer, NothingToTrain, Starved
+from rollout.mixer import Mixer, NothingToTrain
+from rollout.patience import Starved
 from rollout.status import Waiting
 
 SOURCES = list(Source)
@@ -81,7 +82,7 @@ class World:
 
     def __init__(
         self, fail: Mapping[str, str], reward_log: Path, *, max_tries: int = 3, starvation_s: float = 60.0,
-        function: str = "by_name",
+        function: str = "by_name", unfit: Sequence[str] = (),
     ) -> None:  # fmt: skip
         prompts = [
             Prompt(uid=f"u{i}", token_ids=(i,), text=f"p{i}", answer="1", columns={"fail": fail.get(f"u{i}", "")})
@@ -105,6 +106,7 @@ class World:
         self.mixer = Mixer(
             self.config, self.demand, self.pool, self.buffer, self.ledger, decode=decode,
             on_wait=lambda what, seconds: self.waits.append(what), on_event=self.said.append, reward_log=reward_log,
+            why_unfit=lambda row: "unknown_token" if decode(row.tokens.tolist()) in unfit else None,
         )  # fmt: skip
         self.pool.receive = self.mixer.receive
 
@@ -209,6 +211,24 @@ def test_failed_rewards_are_replaced_by_the_next_samples_of_the_same_source(
     assert report["conserved"]
     assert report["learner"]["dropped"] == {"reward_raised": 2}
     assert report["learner"]["replaced"] == 2
+
+
+def test_completions_that_cannot_train_are_never_scored_and_replaced_as_failed_rewards_are(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world({"u2": "explorer:3"}, unfit=("explorer 1", "learner 0"))
+    for step in (1, 2):
+        world.mixer.request(step)
+        groups = world.collect(step)
+    slot = slot_of(world, 2, "u2")
+    assert names(groups[slot]) == ["explorer:0", "explorer:2", "explorer:4", "learner:1"]
+    assert all(names(group) == ["explorer:0", "explorer:2", "explorer:3", "learner:1"]
+               for group in groups if group.slot != slot)  # fmt: skip
+    report = world.report()
+    assert report["conserved"]
+    assert report["learner"]["dropped"] == {"unknown_token": 4}
+    assert report["learner"]["replaced"] == 4
+    assert report["explorer"]["dropped"]["unknown_token"] >= 8
 
 
 def test_a_prompt_is_dropped_whole_when_its_tries_are_used_up(make_world: Callable[..., World]) -> None:

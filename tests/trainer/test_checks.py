@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from core.configfile import Command, ConfigError, load_config, parse_command
-from rollout.mixer import Starved
+from rollout.patience import Starved
 from trainer.checks import Place, check_start
 from trainer.command import main
 
