@@ -36,7 +36,7 @@ class Mixer:
     `why_unfit` gives the reason why a completion cannot train, or None: it is dropped under that reason and replaced
     as one whose reward fails is. (Nobody can be asked again: the same lease gives the same completion.)
 
-    Raises ValueError for a reward function that cannot be used, or that requires columns the training data lack.
+    Raises ValueError for a reward function that cannot be used.
 
     Example:
         mixer.request(1)
@@ -65,7 +65,7 @@ class Mixer:
         self._replaced: set[CompletionKey] = set()
         self._evaluation: Evaluation | None = None
         failures = FailureLog(config.reward.function, reward_log, say=on_event)
-        self._rewards = Rewarder(config.reward, failures, demand.prompts_at(1), decode=decode, on_score=self._on_score)
+        self._rewards = Rewarder(config.reward, failures, decode=decode, on_score=self._on_score)
         self._patience = Patience(
             buffer,
             (pool, self._rewards),
@@ -154,11 +154,7 @@ class Mixer:
         return True
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n.
-
-        Raises ConfigError where the reward function requires columns that the prompts lack.
-        """
-        self._rewards.require(prompts, "data.eval")
+        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._patience.wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)

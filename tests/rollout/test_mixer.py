@@ -11,7 +11,6 @@ import pytest
 
 from bench.faults.parts import eventually
 from core.config import Algorithm, Config, Evaluation, Explorer, Reward, Rollout, Run, Stream
-from core.configkeys import ConfigError
 from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Group, Prompt, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
@@ -82,7 +81,7 @@ class World:
 
     def __init__(
         self, fail: Mapping[str, str], reward_log: Path, *, max_tries: int = 3, starvation_s: float = 60.0,
-        function: str = "by_name", unfit: Sequence[str] = (),
+        unfit: Sequence[str] = (),
     ) -> None:  # fmt: skip
         prompts = [
             Prompt(uid=f"u{i}", token_ids=(i,), text=f"p{i}", answer="1", columns={"fail": fail.get(f"u{i}", "")})
@@ -94,7 +93,7 @@ class World:
             rollout=Rollout(lease_prompts=2),
             explorer=Explorer(ahead_steps=2),
             stream=Stream(starvation_s=starvation_s),
-            reward=Reward(function=f"mixer_rewards:{function}", max_tries=max_tries),
+            reward=Reward(function="mixer_rewards:by_name", max_tries=max_tries),
             evaluation=Evaluation(samples=3, k=(1,)),
         )
         self.demand = Demand(self.config, PromptSchedule(prompts, seed=0, per_step=4), (1,))
@@ -318,18 +317,6 @@ def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callabl
     [said] = world.said
     assert "raised RuntimeError: as the prompt wants it (mixer_rewards.py:11), first in step " in said
     assert world.reward_log.read_text().count("as the prompt wants it") == 1
-
-
-def test_columns_that_the_reward_function_requires_are_missed_before_anything_is_asked_for(
-    make_world: Callable[..., World],
-) -> None:
-    with pytest.raises(ConfigError, match=r"requires solution, and data.train has no such column.*there are: fail\."):
-        make_world(function="by_solution")
-    world = make_world()
-    strangers = [Prompt(uid="e", token_ids=(1,), text="p", answer="1", columns={"level": 1})]
-    with pytest.raises(ConfigError, match=r"requires fail, and data.eval has no such column.*there are: level\."):
-        world.mixer.evaluate(0, strangers)
-    assert world.pool.leases == []
 
 
 def test_spare_completions_of_rescue_are_counted(make_world: Callable[..., World]) -> None:
