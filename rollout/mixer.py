@@ -164,6 +164,8 @@ class Mixer:
     def resume(self, step: int) -> None:
         """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""
         self._requested = dict.fromkeys(Source, step)
+        if self._reuse is not None:
+            self._reuse.resume(*self.ledger.past(Source.EXPLORER))
         state = self.buffer.state()
         for completion in state.completions:
             self._score(completion)
@@ -193,10 +195,9 @@ class Mixer:
         """Take what is on record for the step that is wanted, and for later ones while the buffer has room."""
         if self._reuse is None:
             return
-        for completion in self._reuse.due(self.wanted_step, self.buffer.has_room):
-            if not self.buffer.knows(completion.key):
-                self.ledger.reuse(completion.key.source)
-                self._enter(completion)
+        for completion in self._reuse.due(self.wanted_step, self.buffer.has_room, self.buffer.knows):
+            self.ledger.reuse(completion.key.source)
+            self._enter(completion)
 
     def _complete(self, lease: Lease) -> bool:
         """Whether a checkpoint already brought back all of a lease."""
