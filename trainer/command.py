@@ -34,7 +34,8 @@ def run(command: Command) -> int:
     """Train, or say what would be trained. Ends that have a name are a line, not a stack trace."""
     # Imported late: torch and transformers take seconds, a typo should not. Imports leave no garbage: a fifth faster.
     gc.disable()
-    from rollout.mixer import NothingToTrain, Starved
+    from rollout.mixer import NothingToTrain
+    from rollout.patience import Starved
     from rollout.pool import WorkersLost
     from trainer.learner import NonFiniteUpdatesError
     from trainer.loop import train

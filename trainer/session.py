@@ -14,7 +14,7 @@ from core.confighelp import explain
 from core.configkeys import ConfigError
 from core.datasets import load_questions
 from core.metrics import read_metrics
-from rollout.mixer import Starved
+from rollout.patience import Starved
 from rollout.pool import WorkersLost
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics

@@ -15,10 +15,11 @@ from rollout.completion_store import CompletionStore
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
+from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
-from rollout.shared_ids import SharedIdsMixer, id_bounds
+from rollout.shared_ids import unknown_tokens
 from rollout.timetable import Timetable
 from trainer.devices import Devices
 from trainer.learner import Learner
@@ -69,10 +70,10 @@ class Rollouts:
             store = CompletionStore(Path(config.explorer.store), identity)
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
         try:
-            self.mixer = SharedIdsMixer(
+            self.mixer = Mixer(
                 config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, on_event=on_event,
                 reward_log=directory.path / "logs" / "reward.log", reuse=self.reuse,
-                id_bounds=id_bounds(config, {source: role.vocab_size for source, role in terms.items()}),
+                why_unfit=unknown_tokens(config, {source: role.vocab_size for source, role in terms.items()}),
             )  # fmt: skip
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
