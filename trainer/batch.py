@@ -125,6 +125,7 @@ def _row(group: Group, scored: ScoredCompletion, advantage: float, share: float,
         source=source,
         explorer_share=share,
         in_loss=not leaves,
+        current=completion.key.source is Source.LEARNER and completion.version == group.step - 1,
     )
 
 
