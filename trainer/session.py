@@ -171,7 +171,7 @@ class Session:
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
         """Rank 0: open the files it writes and start the workers; a replay has none."""
         step, materials = self.learner.step, self.materials
-        for line in materials.report:
+        for line in (*materials.report, *directory.notes):
             console.say(line)
         if self.command.resume:
             console.say(
@@ -237,8 +237,8 @@ def dry_run(command: Command) -> list[str]:
             return []
         placement = find_placement(config)
         check_start(config, Place(rank, size, device, generates=command.replay is None))
-        check_directory(config, resume=command.resume, clean=command.clean)
-        said = [*explain(config), placement.line()]
+        changes = check_directory(config, resume=command.resume, clean=command.clean)
+        said = [*explain(config), *changes, placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
             return [*said, *load_questions(config.data, "train", config.run.seed).report]
         materials = load_materials(config, World(rank=0, size=1, device=device), Console(config))
