@@ -194,6 +194,7 @@ class Evaluation(Section, frozen=True, kw_only=True):
 class Checkpoint(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(description="Steps between checkpoints; the last step is always saved.", ge=1)] = 20
     keep: Annotated[int, Meta(description="Complete checkpoints kept.", ge=1)] = 2
+    grace_s: Annotated[float, Meta(description="Seconds a begun step has to end after SIGTERM or Ctrl-C, so that it is in a checkpoint; later the run stops without. torchrun kills 30 s after the signal.", ge=0)] = 20.0
 
 
 class Config(Section, frozen=True, kw_only=True):

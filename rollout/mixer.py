@@ -103,7 +103,7 @@ class Mixer:
         """Take groups of `step` out of the buffer, in prompt order, once their prompts are complete or dropped.
 
         All that are left from slot `first` on, or the next `prompts` of them, whatever of the others is here: which
-        groups these are does not depend on what arrived first. Fewer are the step's last, and none is left then.
+        groups these are does not depend on what arrived first. With the last of them the step is over for the buffer.
         """
         slots, per_prompt = range(first, len(self.demand.prompts_at(step))), sum(self.demand.quota(step))
         complete = partial(self.buffer.complete, step, slots, prompts, per_prompt)
@@ -132,7 +132,8 @@ class Mixer:
         groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         self._assert_fresh(step, groups)
         self.buffer.drop(rescued, "rescued")
-        last = prompts is None or len(slots) < prompts
+        rest = range(slots[-1] + 1 if slots else 0, len(self.demand.prompts_at(step)))
+        last = prompts is None or len(slots) < prompts or not self.buffer.window(step, rest, 1)
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows], last=last)
         return groups
 

@@ -203,7 +203,9 @@ class Session:
         assert self.recorder is not None
         alive(self.config.stream.starvation_s)
         self.recorder.console.waiting(what, seconds)
-        if not self.stream.within_step:  # half a step is not worth a checkpoint
+        if self.stream.within_step:  # half a step cannot be checkpointed
+            SIGNALS.give_up(self.config.checkpoint.grace_s)
+        else:
             SIGNALS.check()
 
     def _evaluation_due(self, step: int) -> bool:

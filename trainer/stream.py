@@ -30,6 +30,7 @@ from trainer.timeline import Stages
 from trainer.world import World
 
 NO_GPUS = Devices()
+_Part = tuple[tuple[Group, ...], bool]  # groups, and whether they are the step's last
 
 
 class Rollouts:
@@ -97,15 +98,17 @@ class Rollouts:
         file, digest = self.weights.write(learner.step, learner.write_weights)
         self.pool.publish_weights(learner.step, file, digest)
 
-    def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
-        """Groups of `step`, as `Mixer.collect` gives them. Once nothing is wanted of the explorers any more, they may
-        be handed over."""
+    def collect(self, step: int, first: int, prompts: int | None) -> _Part:
+        """Groups of `step`, as `Mixer.collect` gives them, and whether they are its last. Once nothing is wanted of the
+        explorers any more, they may be handed over. Raises Stopped where a signal came checkpoint.grace_s ago."""
+        if first:
+            SIGNALS.give_up(self.config.checkpoint.grace_s)
         groups = self.mixer.collect(step, first=first, prompts=prompts)
         hands_over = self.config.rollout.roles == "handover" and self._explorers_started
         if hands_over and not self._handed_over and self.mixer.explorer_is_done(step):
             self._handed_over = True
             self.pool.hand_over()
-        return groups
+        return groups, self.buffer.trained_step >= step
 
     def save(self, directory: Path) -> None:
         """Write what arrived and did not train yet, and the accounts, for a checkpoint."""
@@ -193,24 +196,22 @@ class GroupStream:
         """The groups of `step`, each with exactly its quota, in prompt order: all at once, or by `prompts`, each part
         as soon as it is complete.
 
-        Raises Stopped, on every rank, where a signal asked before the first part; later the step ends first.
+        Raises Stopped, on every rank, where a signal asked before the first part; later the step ends first, if it does
+        so within checkpoint.grace_s.
         """
-        first = 0
-        with self.stages("wait"):
-            if asked := self.world.highest(SIGNALS.asked):
-                raise Stopped(asked, between_steps=True)
-            groups = self._collect(step, first, prompts)
-        self.within_step = True
-        while groups:
-            yield groups
-            if prompts is None or len(groups) < prompts:
-                break
-            first = groups[-1].slot + 1
+        first, last = 0, False
+        while not last:
             with self.stages("wait"):
-                groups = self._collect(step, first, prompts)
+                if not first and (asked := self.world.highest(SIGNALS.asked)):
+                    raise Stopped(asked, between_steps=True)
+                groups, last = self._collect(step, first, prompts)
+            self.within_step = True
+            if groups:
+                yield groups
+                first = groups[-1].slot + 1
         self.within_step = False
 
-    def _collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+    def _collect(self, step: int, first: int, prompts: int | None) -> _Part:
         """Rank 0's groups, on every rank. No bytes: a signal ended its wait."""
         if self.world.size == 1:
             assert self.rollouts is not None
@@ -223,8 +224,8 @@ class GroupStream:
                 payload = b""
         received = self.world.broadcast_bytes(payload)
         if not received:
-            raise Stopped(SIGNALS.asked or signal.SIGTERM, between_steps=True)
-        return msgspec.msgpack.decode(received, type=tuple[Group, ...])
+            raise Stopped(SIGNALS.asked or signal.SIGTERM, between_steps=not first)
+        return msgspec.msgpack.decode(received, type=_Part)
 
     def publish(self, learner: Learner) -> None:
         """Give the rollout workers the learner's weights."""
