@@ -47,7 +47,7 @@ class Rollouts:
         on_event: Callable[[str], None] = lambda line: None,
         devices: Devices = NO_GPUS,
     ) -> None:
-        self.devices = devices
+        self.devices, self.incarnation = devices, directory.incarnation
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
         self.weights = PublishedWeights(directory.path / "weights", in_memory=config.rollout.weights == "memory")
@@ -136,6 +136,7 @@ class Rollouts:
         """Gauges of the stream for a training line."""
         resident = self.buffer.resident()
         return {
+            "run/start": float(self.incarnation),
             "buffer/resident": float(sum(resident.values())),
             "buffer/bytes": float(self.buffer.num_bytes),
             **{name: float(value) for name, value in self.ledger.totals().items()},
