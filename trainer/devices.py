@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from core.config import Config
@@ -29,6 +30,13 @@ class Devices(NamedTuple):
         """CUDA_VISIBLE_DEVICES of a worker process; None where it inherits the trainer's."""
         blocks = self.placement.learner if role is Source.LEARNER else self.placement.explorer
         return visible_devices(blocks[index], self.inherited) if blocks else None
+
+    def for_workers(self, config: Config) -> Config:
+        """The configuration with what one engine may fill of a GPU, which workers are told."""
+        if not self.placement.gpus:
+            return config
+        rollout = msgspec.structs.replace(config.rollout, memory_share=self.placement.memory_share)
+        return msgspec.structs.replace(config, rollout=rollout)
 
 
 def take_gpus(config: Config) -> Devices:

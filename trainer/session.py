@@ -197,6 +197,7 @@ class Session:
             console.say(f"explorer.store: {len(rollouts.reuse.store):,} completions on record")
         if checkpoint is not None:
             rollouts.restore(checkpoint / "trainer", step)
+        rollouts.start(step)
         return rollouts
 
     def _waiting(self, what: str, seconds: float) -> None:

@@ -48,7 +48,7 @@ class Rollouts:
         on_event: Callable[[str], None] = lambda line: None,
         devices: Devices = NO_GPUS,
     ) -> None:
-        self.devices = devices
+        self.devices, self.incarnation = devices, directory.incarnation
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
         self.weights = PublishedWeights(directory.path / "weights", in_memory=config.rollout.weights == "memory")
@@ -56,7 +56,7 @@ class Rollouts:
             on_event(f"this system has no shared memory files: new weights are files in {self.weights.directory}")
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
-            _share_memory(config, devices.placement.memory_share) if devices.placement.gpus else config,
+            devices.for_workers(config),
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
@@ -79,13 +79,19 @@ class Rollouts:
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
             raise
-        steps = demand.explorer_steps
-        if steps and (self.reuse is None or not self.reuse.complete(steps)):
+
+    def start(self, after: int) -> None:
+        """Start the workers for the steps after `after`: 0, or the one that was restored. No explorer where none of
+        these steps owes it anything; under handover such a process begins where it would end, among the learner's."""
+        left = [step for step in self.demand.explorer_steps if step > after]
+        if left and (self.reuse is None or not self.reuse.complete(left)):
             self._start_explorers()
-        self.timetable = Timetable(config, demand.quota)
-        for index in range(config.rollout.processes):
+        elif 0 < self.demand.last_explorer_step <= after and self.config.rollout.roles == "handover":
+            self._start_explorers(Source.LEARNER)
+        self.timetable = Timetable(self.config, self.demand.quota, after)
+        for index in range(self.config.rollout.processes):
             first = self.timetable.first_role(index) if self._explorers_started else None
-            self.pool.spawn(Source.LEARNER, index, devices.of_worker(Source.LEARNER, index), first)
+            self.pool.spawn(Source.LEARNER, index, self.devices.of_worker(Source.LEARNER, index), first)
 
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; processes that it needs as learner workers stop exploring."""
@@ -133,6 +139,7 @@ class Rollouts:
         """Gauges of the stream for a training line."""
         resident = self.buffer.resident()
         return {
+            "run/start": float(self.incarnation),
             "buffer/resident": float(sum(resident.values())),
             "buffer/bytes": float(self.buffer.num_bytes),
             **{name: float(value) for name, value in self.ledger.totals().items()},
@@ -158,21 +165,16 @@ class Rollouts:
         with self.buffer.still():
             return self.buffer.state(), self.ledger.report(sources, self.buffer.resident())
 
-    def _start_explorers(self) -> None:
+    def _start_explorers(self, first: Source | None = None) -> None:
         """The first time something must be generated: a run whose completions are all on record starts none."""
         if not self._explorers_started:
             self._explorers_started = True
             for index in range(self.config.explorer.processes):
-                self.pool.spawn(Source.EXPLORER, index, self.devices.of_worker(Source.EXPLORER, index))
+                self.pool.spawn(Source.EXPLORER, index, self.devices.of_worker(Source.EXPLORER, index), first)
 
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
         return lease.purpose == "eval" or lease.step <= self.mixer.wanted_step or self.buffer.has_room(lease.max_bytes)
-
-
-def _share_memory(config: Config, share: float) -> Config:
-    """The configuration with what one engine may fill of a GPU, which workers are told."""
-    return msgspec.structs.replace(config, rollout=msgspec.structs.replace(config.rollout, memory_share=share))
 
 
 class GroupStream:

@@ -19,7 +19,7 @@ from core.anneal import explorer_quota
 from rollout.store import read_rollouts
 
 # What a clock or the machine decides, and faults, which an interrupted run has more of.
-VARIABLE = ("time/", "step_time", "tokens_per_second", "clock", "buffer/", "fault/", "weights/")
+VARIABLE = ("time/", "step_time", "tokens_per_second", "clock", "buffer/", "fault/", "weights/", "run/start")
 # Rollouts but for the name of the worker, which is new in every start.
 COLUMNS = ("step", "slot", "sample", "source", "token_ids", "logprobs", "reward", "advantage", "version")
 
