@@ -37,9 +37,9 @@ def run(command: Command) -> int:
     from rollout.mixer import NothingToTrain
     from rollout.patience import Starved
     from rollout.pool import WorkersLost
+    from trainer.dry_run import dry_run
     from trainer.learner import NonFiniteUpdatesError
     from trainer.loop import train
-    from trainer.session import dry_run
 
     gc.enable()
     if command.dry_run:

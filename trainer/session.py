@@ -8,11 +8,9 @@ from typing import Self
 
 import torch
 
-from core.configcheck import EMBEDDED
 from core.configfile import Command
 from core.confighelp import explain
 from core.configkeys import ConfigError
-from core.datasets import load_questions
 from core.metrics import read_metrics
 from rollout.patience import Starved
 from rollout.pool import WorkersLost
@@ -21,18 +19,18 @@ from trainer.alarm import GapAlarm, weight_metrics
 from trainer.checkpoint import newest_checkpoint
 from trainer.checks import Place, check_start
 from trainer.console import Console
-from trainer.devices import find_placement, memory_report, take_gpus
+from trainer.devices import memory_report, take_gpus
 from trainer.evaluate import summarise
 from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
 from trainer.record import Recorder
 from trainer.replay import compare, open_stream, recorded_part
-from trainer.run_directory import RunDirectory, check_directory
+from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
 from trainer.updates import Updates
-from trainer.world import World, find_rank
+from trainer.world import World
 
 
 class Session:
@@ -228,24 +226,3 @@ class Session:
         """The completions of the step that the run ends in; those of a step that trained are written as it ends."""
         if self.recorder is not None:
             write_rollouts(self.path, self.learner.step + 1, self.updates.groups)
-
-
-def dry_run(command: Command) -> list[str]:
-    """Check what a run would, read its models' files and its data, and say what was found; nothing is made, started or
-    written. Other ranks than the first say nothing."""
-    try:
-        config = recorded_part(command.config, command.replay)
-        rank, size, device = find_rank(config.run.device, line_size=config.learner.sequence_parallel)
-        if rank:
-            return []
-        placement = find_placement(config)
-        check_start(config, Place(rank, size, device, generates=command.replay is None))
-        changes = check_directory(config, resume=command.resume, clean=command.clean)
-        said = [*explain(config), *changes, placement.line()]
-        if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
-            return [*said, *load_questions(config.data, "train", config.run.seed).report]
-        materials = load_materials(config, World(rank=0, size=1, device=device), Console(config))
-        memory = memory_report(config, placement, materials.learner_dir, materials.explorer_dir, ranks=size)
-        return [*said, *memory, *materials.report]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

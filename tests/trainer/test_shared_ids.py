@@ -15,7 +15,7 @@ from core.configfile import ConfigError, load_config, parse_command
 from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
 from rollout.shared_ids import UNKNOWN_TOKEN, id_bounds, unknown_tokens
 from rollout.store import read_rollouts
-from trainer.session import dry_run
+from trainer.dry_run import dry_run
 
 EXTRA = 3
 
