@@ -180,10 +180,17 @@ def test_every_curve_is_there(report):
     assert "#0a00" not in report.read_text()  # every colour is the page's
 
 
-def test_quotas_are_listed_for_every_step(report):
+def test_quotas_are_listed_for_every_step_and_equal_neighbours_share_a_row(report):
     _, text = parsed(report)
-    assert re.search(r"\b1 1\.000 8 0 256 0 2 ", text)
-    assert re.search(r"\b80 0\.000 0 8 0 256 ", text)
+    assert re.search(r"\b1 – 5 1\.000 8 0 256 0 6 ", text)
+    assert re.search(r"\b40 – 80 0\.000 0 8 0 256 ", text)
+
+
+def test_a_long_run_is_a_page_of_the_size_of_a_short_one(tmp_path):
+    make_run(tmp_path / "long", steps=5000)
+    page = write_report(tmp_path / "long")
+    assert page.stat().st_size < 2_000_000
+    assert "2500 – 5000 0.000 0 8 0 256" in parsed(page)[1]
 
 
 def test_the_ledger_shows_reasons_and_equations(report):
