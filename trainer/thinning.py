@@ -11,8 +11,8 @@ COLUMNS = 400  # more than a chart is wide, in points of 1/72 inch
 def outline(values: Sequence[float]) -> NDArray[np.intp]:
     """Places of the values that a line must pass, in order; NaN is a gap.
 
-    All of them up to 2 · COLUMNS. Of more, the lowest, the highest and the ends of gaps of each of COLUMNS pieces, which
-    are narrower than the line: the drawing stays the same.
+    All of them up to 2 · COLUMNS. Of more, the lowest, the highest and the ends of gaps of each of COLUMNS pieces,
+    which are narrower than the line: the drawing stays the same.
 
     Example: steps[outline(values)], values[outline(values)]
     """
