@@ -1,6 +1,6 @@
 """A training step of the learner, by backend, ZeRO stage and packing, beside a plain Hugging Face step as TRL takes it.
 
-    python -m bench.learner [--shape tiny|small|1.7b|4b] [--ranks N] [--rounds N] [--only CASE ...] [--dry]
+    python -m bench.learner [--shape tiny|small|states|1.7b|4b] [--ranks N] [--rounds N] [--only CASE ...] [--dry]
 
 Every case is a run of its own (N ranks under torchrun) on the same random weights and the same ragged rows: one update,
 from tokens to new weights. The plain step pads its rows to the longest of each micro-batch and materialises the logits.
@@ -38,6 +38,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheet
 SHAPES = {
     "tiny": (64, 2, 2, 1, 32, 128, 512, 24),
     "small": (256, 4, 4, 2, 64, 768, 8192, 384),
+    "states": (512, 4, 8, 4, 64, 1536, 16384, 96),  # most of its memory is what ZeRO shards
     "1.7b": (2048, 28, 16, 8, 128, 6144, 151_936, 4096),
     "4b": (2560, 36, 32, 8, 128, 9728, 151_936, 4096),
 }
@@ -49,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "torch packed, lines shared by 2": {"backend": "torch", "packed": True, "sequence_parallel": 2},
     "torch packed, selective": {"backend": "torch", "packed": True, "recompute": "selective"},
     **{f"zero {stage} packed": {"backend": "deepspeed", "zero_stage": stage, "packed": True} for stage in range(4)},
-    "zero 2 padded": {"backend": "deepspeed", "zero_stage": 2},
+    **{f"zero {stage} padded": {"backend": "deepspeed", "zero_stage": stage} for stage in range(4)},
     "torch packed, LoRA": {"backend": "torch", "packed": True, "lora_rank": 32},
 }
 

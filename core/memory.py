@@ -95,12 +95,14 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     count, trained = _held_and_trained(config, learner)
     low = width < 4
     stage = settings.zero_stage if settings.backend == "deepspeed" else None
+    in_place = stage is None and not settings.lora_rank  # the head's gradient adds up in the flat one, in fp32
+    copied = trained - (learner.vocab * learner.hidden if in_place and not learner.tied else 0)
     shards = {name: ranks if stage is not None and stage >= least else 1 for name, least in _SHARDED.items()}
     held = 0 if settings.offload == "parameters" else 1
     state = 0 if settings.offload != "none" else 1
     parts = {
         "weights": held * width * count // shards["weights"],
-        "gradients": 4 * trained // shards["gradients"] + (width * trained if low and stage in (None, 0, 1) else 0),
+        "gradients": 4 * trained // shards["gradients"] + (width * copied if low and stage in (None, 0, 1) else 0),
         "optimizer": state * 8 * trained // shards["optimizer"],
         "fp32 masters": state * 4 * trained // shards["optimizer"] if low else 0,
     }
@@ -116,7 +118,8 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     recompute = settings.recompute if settings.gradient_checkpointing else "none"
     sharers = settings.sequence_parallel
     parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute, sharers)
-    parts["head"] = head_bytes(learner, tokens_per_pass(config), width, frozen=settings.lora_rank > 0)
+    accumulator = not in_place and not settings.lora_rank
+    parts["head"] = head_bytes(learner, tokens_per_pass(config), width, accumulator=accumulator)
     parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
     return {name: size for name, size in parts.items() if size}
 
@@ -179,14 +182,14 @@ def activation_bytes(
     return tokens * (shape.layers * kept + layer)
 
 
-def head_bytes(shape: ModelShape, tokens: int, width: int, *, frozen: bool = False) -> int:
-    """One chunk of logits, the fp32 accumulator of d_weight [V, H], and hidden states with their gradient [T, H].
+def head_bytes(shape: ModelShape, tokens: int, width: int, *, accumulator: bool = True) -> int:
+    """One chunk of logits, hidden states with their gradient [T, H], and an fp32 accumulator of d_weight [V, H].
 
-    A frozen head has no d_weight.
+    A frozen head has no d_weight, and on the torch backend it adds up in the flat gradient: no `accumulator`.
     """
     most = max(16, min(HEAD_CHUNK_ROWS, HEAD_CHUNK_BYTES // (shape.vocab * width)))
     rows = most // 256 * 256 if most >= 256 else most // 16 * 16
-    gradient = 0 if frozen else 4 * shape.vocab * shape.hidden
+    gradient = 4 * shape.vocab * shape.hidden if accumulator else 0
     return rows * shape.vocab * width + gradient + 2 * tokens * shape.hidden * width
 
 

@@ -4,6 +4,7 @@ ZeRO-3 and FSDP hold the weight whole only while its own module's forward runs, 
 outside of it the weight has shape [0] or is a DTensor shard.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ class LogprobHead(nn.Linear):
     stay tied, optimizers and state dicts see nothing new, and `save_pretrained` writes the same file. Do it before
     DeepSpeed, FSDP or the optimizer see the model. Under FSDP2 give an untied head its own `fully_shard`; leave a
     tied one to the root, which then holds the shared weight once and reduces one gradient for both uses.
+
+    `main_grad`, set by whoever owns the gradients, returns the buffer [V, H] that `ops.linear_policy_loss` adds the
+    weight's gradient to (its `main_grad`), and is called for every loss in grad mode, before it is formed. Autograd
+    then only brings what another use of the weight adds, such as a tied embedding.
     """
+
+    main_grad: Callable[[], Tensor] | None = None
 
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
@@ -60,6 +67,8 @@ class LogprobHead(nn.Linear):
             return super().forward(hidden)
         if anchor_logprob is None or advantage is None:
             return ops.linear_logprob(hidden, self.weight, targets, **options)
+        if self.main_grad is not None and torch.is_grad_enabled():
+            options["main_grad"] = self.main_grad()
         return ops.linear_policy_loss(hidden, self.weight, targets, anchor_logprob, advantage, **options)
 
 

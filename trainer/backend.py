@@ -5,6 +5,7 @@ All methods are collectives: every rank calls them in the same order.
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.config import Learner as LearnerSettings
-from kernels.head import LogprobModel
+from kernels.head import LogprobHead, LogprobModel
 from trainer.attention import use_packed_attention
 from trainer.closed_forms import use_closed_forms
 from trainer.models import DTYPES, load_model, use_liger
@@ -70,7 +71,11 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """Every rank holds the whole model and optimizer; summed gradients keep the ranks equal."""
+    """Every rank holds the whole model and optimizer; summed gradients keep the ranks equal.
+
+    The gradient of the head's weight [V, H] is formed in the flat fp32 gradient itself, in the forward pass. (DeepSpeed
+    owns its gradients and takes autograd's.)
+    """
 
     def __init__(self, model: PreTrainedModel, settings: LearnerSettings, world: World) -> None:
         self.world = world
@@ -79,7 +84,10 @@ class TorchBackend:
         self.optimizer = Optimizer(trained, settings)
         self.forward: Forward = LogprobModel(model)
         self.start = StartWeights(trained.values())
-        self._spent = False  # the flat gradient is the last update's
+        head = LogprobHead.install(model)
+        for name, parameter in trained.items():
+            if parameter is head.weight and settings.kernels != "reference":  # which leaves gradients to autograd
+                head.main_grad = partial(self.optimizer.open_gradient, name)
 
     @property
     def updates(self) -> int:
@@ -96,10 +104,9 @@ class TorchBackend:
         return LogprobModel(model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add to the flat gradient; sum it over the ranks after the last."""
-        if self._spent:
+        """Add to the flat gradient, where the head's part is already; sum it over the ranks after the last."""
+        if self.optimizer.spent:
             self.optimizer.zero_gradient()
-            self._spent = False
         torch.autograd.backward(loss)
         self.optimizer.collect()
         if last:
@@ -111,7 +118,7 @@ class TorchBackend:
         value = float(norm)
         if apply and bool(norm.isfinite()):
             self.optimizer.step(value)
-        self._spent = True
+        self.optimizer.spent = True
         return value
 
     def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:

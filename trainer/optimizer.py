@@ -38,6 +38,7 @@ class Optimizer:
             fused=True,
         )
         self.updates = 0  # applied, not skipped
+        self.spent = False  # the flat gradient is the last update's
 
     @property
     def learning_rate(self) -> float:
@@ -47,6 +48,15 @@ class Optimizer:
     def zero_gradient(self) -> None:
         """Forget the last update's gradient."""
         self.gradient.zero_()
+        self.spent = False
+
+    def open_gradient(self, name: str) -> Tensor:
+        """Where a parameter's gradient of the next update adds up: its place in the flat buffer, fp32."""
+        if self.spent:
+            self.zero_gradient()
+        place = self.masters[name].grad
+        assert place is not None
+        return place
 
     def collect(self) -> None:
         """Move the gradients that a backward pass left in low-precision parameters into the flat buffer.

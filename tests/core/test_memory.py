@@ -12,6 +12,7 @@ from core.memory import (
     head_bytes,
     host_bytes,
     model_shape,
+    tokens_per_pass,
     trainer_parts,
 )
 from core.placement import Placement, place
@@ -53,7 +54,8 @@ def test_an_unknown_architecture_is_not_guessed() -> None:
 def test_plain_torch_holds_everything_on_every_rank() -> None:
     parts = trainer_parts(config(), LARGE, None, ranks=8)
     assert {name: parts[name] for name in ("weights", "gradients", "optimizer", "fp32 masters", "reference")} == {
-        "weights": 2 * P, "gradients": (4 + 2) * P, "optimizer": 8 * P, "fp32 masters": 4 * P, "reference": 2 * P,
+        "weights": 2 * P, "gradients": (4 + 2) * P - 2 * 151936 * 4096, "optimizer": 8 * P, "fp32 masters": 4 * P,
+        "reference": 2 * P,
     }  # fmt: skip
     single = trainer_parts(config("learner.dtype=float32", "loss.kl_coef=0"), LARGE, None, ranks=1)
     assert (single["weights"], single["gradients"], single["optimizer"]) == (4 * P, 4 * P, 8 * P)
@@ -108,7 +110,7 @@ def test_adapters_train_beside_weights_that_are_only_held() -> None:
     assert parts["weights"] == 2 * (P + adapters)
     assert (parts["gradients"], parts["optimizer"], parts["fp32 masters"]) == (6 * adapters, 8 * adapters, 4 * adapters)
     assert "reference" not in parts  # the learner without its adapters
-    assert head_bytes(LARGE, 10, 2) - head_bytes(LARGE, 10, 2, frozen=True) == 4 * 151936 * 4096
+    assert parts["head"] == head_bytes(LARGE, tokens_per_pass(chosen), 2, accumulator=False)  # frozen
     words = ("learner.backend=deepspeed", "learner.zero_stage=3", "learner.offload=optimizer", "learner.lora_rank=32")
     assert host_bytes(config(*words), LARGE, ranks=2) == 6 * adapters
     lines = preflight(chosen, place(chosen, 3), [80 * GIB] * 3, learner=LARGE, explorer=SMALL, ranks=1, vllm=True)
@@ -143,8 +145,17 @@ def test_what_is_recomputed_moves_the_estimate_and_is_named_where_it_does_not_fi
         preflight(chosen, place(chosen, 3), [80 * GIB] * 3, learner=LARGE, explorer=SMALL, ranks=1, vllm=True)
 
 
-def test_the_head_holds_a_chunk_of_logits_and_an_fp32_accumulator() -> None:
-    assert head_bytes(LARGE, tokens=1000, width=2) == 4096 * 151936 * 2 + 4 * 151936 * 4096 + 2 * 1000 * 4096 * 2
+def test_the_head_holds_a_chunk_of_logits_and_for_deepspeed_an_fp32_accumulator() -> None:
+    held = 4096 * 151936 * 2 + 2 * 1000 * 4096 * 2
+    assert head_bytes(LARGE, tokens=1000, width=2) == held + 4 * 151936 * 4096
+    assert head_bytes(LARGE, tokens=1000, width=2, accumulator=False) == held
+    torch, deepspeed = (
+        trainer_parts(config(f"learner.backend={backend}"), LARGE, None, ranks=1) for backend in ("torch", "deepspeed")
+    )
+    assert deepspeed["head"] - torch["head"] == 4 * 151936 * 4096
+    # A tied weight keeps a bfloat16 gradient, the embedding's.
+    tied = trainer_parts(config(), SMALL, None, ranks=1)
+    assert tied["gradients"] == (4 + 2) * SMALL.parameters
 
 
 def test_an_engine_needs_its_weights_and_a_longest_completion() -> None:

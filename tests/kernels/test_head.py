@@ -49,6 +49,28 @@ def test_the_model_answers_with_log_probs_and_a_loss(model):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_main_grad_takes_the_heads_gradient_and_leaves_the_embeddings_to_autograd(model):
+    scorer, head = LogprobModel(model), model.get_output_embeddings()
+    ids = torch.randint(0, 67, (2, 9))
+    rows = torch.tensor([2, 3, 4, 12, 13])
+    batch = {"input_ids": ids}, rows, ids.flatten()[rows + 1], -torch.rand(5), torch.randn(5)
+    scorer(*batch)[0].backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    place = torch.zeros_like(head.weight)
+    head.main_grad = lambda: place
+    with torch.no_grad():
+        scorer(*batch)
+    assert not place.any()
+    scorer(*batch)[0].backward()
+    assert place.any()
+    tied = head.weight is model.get_input_embeddings().weight
+    assert (head.weight.grad is not None) == tied
+    for name, parameter in model.named_parameters():
+        found = (parameter.grad if parameter.grad is not None else 0) + (place if parameter is head.weight else 0)
+        torch.testing.assert_close(found, wanted[name], atol=1e-6, rtol=1e-5)
+
+
 def test_a_head_with_a_bias_is_refused(model):
     model.set_output_embeddings(torch.nn.Linear(32, 67))
     with pytest.raises(ValueError, match="no bias"):

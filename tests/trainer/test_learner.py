@@ -235,8 +235,12 @@ def test_mixture_scores_the_explorer_on_learner_rows(tiny_config, made_up_groups
         torch.testing.assert_close(scores.is_weight_T, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 1e-3])
-def test_two_ranks_make_the_update_of_one(kl_coef, tiny_config, made_up_groups, learner_dir, run_ranks, tmp_path):
+@pytest.mark.parametrize(("kl_coef", "tied"), [(0.0, False), (1e-3, True)])
+def test_two_ranks_make_the_update_of_one(
+    kl_coef, tied, tiny_config, made_up_groups, write_tiny_model, run_ranks, tmp_path
+):
+    learner_dir = tmp_path / "learner"
+    write_tiny_model(learner_dir, seed=1, tied=tied)
     config = tiny_config({"learner.learning_rate": 2e-4, "algorithm.epochs": 2, "loss.kl_coef": kl_coef})
     # The second step has an update without advantages; the third's loss is NaN in a row that only one rank holds: both
     # skip its updates.
