@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from trainer.thinning import columns, outline, turns
+
 # matplotlib wants colours and the page wants variables: each variable is drawn in a colour of its own, then renamed.
 COLOURS = {
     name: f"#0a00{number:02x}"
@@ -53,9 +55,10 @@ def line_chart(
     _shade(axes, share, labelled=wide)
     for one in series:
         values = [float("nan") if value is None or (log and value <= 0) else value for value in one.values]
+        shown = outline(values)
         axes.plot(
-            one.steps,
-            values,
+            [one.steps[place] for place in shown],
+            [values[place] for place in shown],
             color=COLOURS[one.colour],
             linestyle="--" if one.dashed else "-",
             linewidth=1.4,
@@ -71,12 +74,14 @@ def line_chart(
 
 
 def stack_chart(title: str, series: Sequence[Series], *, percent: bool = False, wide: bool = False) -> str:
-    """Values of the same steps on top of one another, one column per step; None counts as 0."""
+    """Values of the same steps on top of one another; None counts as 0. One column per step, or where there are more
+    steps than can be seen, the mean of several."""
     figure, axes = _axes(wide)
-    heights = [[value or 0.0 for value in one.values] for one in series]
+    heights = [columns([value or 0.0 for value in one.values]) for one in series]
+    middles = columns(series[0].steps)
     colours = [COLOURS[one.colour] for one in series]
     # A first and a last half column: "mid" steps end at the first and the last value.
-    steps = [series[0].steps[0] - 0.5, *series[0].steps, series[0].steps[-1] + 0.5]
+    steps = [series[0].steps[0] - 0.5, *middles, series[0].steps[-1] + 0.5]
     heights = [[values[0], *values, values[-1]] for values in heights]
     axes.stackplot(steps, heights, colors=colours, step="mid", linewidth=0)
     axes.margins(x=0.01)
@@ -117,7 +122,8 @@ def _shade(axes: Axes, share: Sequence[tuple[int, float]], labelled: bool) -> No
     right = axes.twinx()
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
-    steps, alphas = zip(*share, strict=True)
+    corners = [share[place] for place in turns([alpha for _, alpha in share])]
+    steps, alphas = zip(*(corners[place] for place in outline([alpha for _, alpha in corners])), strict=True)
     right.fill_between(steps, alphas, step="mid", color=COLOURS["explorer"], alpha=0.13, linewidth=0)
     right.set_ylim(0, 1)
     right.spines[:].set_visible(False)
@@ -134,6 +140,8 @@ def _svg(figure: Figure, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
+    # A hundredth of a point is finer than any screen.
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")

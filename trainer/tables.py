@@ -63,18 +63,24 @@ def evaluation_table(evaluations: Lines) -> str:
 
 
 def quota_table(config: Config, training: Lines) -> str:
-    """Per step: what the schedule demands of each source (under a driver, once it is known), and what trained."""
+    """Per step: what the schedule demands of each source (under a driver, once it is known), and what trained. Steps
+    that follow each other and do not differ share a row."""
     done = {line["step"]: line for line in training}
-    rows = []
-    for step in range(1, config.algorithm.steps + 1):
+
+    def cells(step: int) -> list[str]:
         line = done.get(step, {})
         plan = quota_at(step, config.algorithm)._asdict() if config.algorithm.driver == "clock" else {}
+        alpha = f"{line['mix/alpha']:.3f}" if "mix/alpha" in line else ""
+        owed = [str(line.get(f"mix/{source}_quota", plan.get(source, ""))) for source in SOURCES]
         trained = [
             f"{line[f'{source}/rows']:,.0f}" if line.get(f"{source}/rows") is not None else "" for source in SOURCES
         ]
-        alpha = f"{line['mix/alpha']:.3f}" if "mix/alpha" in line else ""
-        owed = [str(line.get(f"mix/{source}_quota", plan.get(source, ""))) for source in SOURCES]
-        rows.append([str(step), alpha, *owed, *trained])
+        return [alpha, *owed, *trained]
+
+    rows = []
+    for row, group in groupby(range(1, config.algorithm.steps + 1), key=cells):
+        first, *others = group
+        rows.append([f"{first} – {others[-1]}" if others else str(first), *row])
     return _table(
         ["step", "α", "explorer quota", "learner quota", "explorer rows trained", "learner rows trained"], rows
     )
