@@ -26,6 +26,7 @@ from trainer.models import load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, policy_objective
 from trainer.recompute import enable_gradient_checkpointing
 from trainer.scorer import Scorer
+from trainer.signals import alive
 from trainer.tensor_files import TensorFiles, gather, write_file, write_files, write_stream
 from trainer.world import World
 
@@ -125,6 +126,7 @@ class Learner:
             for cpu_batch in chain.from_iterable(mini_batch.micro_batches for mini_batch in batch.mini_batches):
                 micro_batch = cpu_batch.to(self.world.device)
                 self._scored[micro_batch.index] = (micro_batch, self.scorer.scores(micro_batch))
+                alive(self.config.stream.starvation_s)
         self._seconds["time/score"] += time.perf_counter() - start
 
     def update(self, mini_batch: MiniBatch) -> dict[str, float]:
@@ -224,6 +226,7 @@ class Learner:
             loss += outcome.loss.detach()
             sums += measured
             maxima = torch.maximum(maxima, highest)
+            alive(self.config.stream.starvation_s)  # a long update does not hang
         added = torch.cat([loss, sums.flatten()])
         self.world.sum_(added)
         self.world.max_(maxima)
