@@ -20,18 +20,17 @@ from core.rewards import RewardItem
 from core.scoring_child import START_TIMEOUT_S, Child, Item
 from core.scoring_worker import Outcome, Started, frame
 
-DEPTH = 16  # items a child holds at once, so that it does not wait for the parent between two cheap ones
-
 
 class RewardPool:
     """Scores submitted completions in `workers` processes; each gets `timeout_s` seconds from when its turn comes.
 
     `on_score(ticket, outcome)` is called once per submitted item, in the pool's thread, in no fixed order: items of the
-    lowest `urgency` are handed to a child first, and among these the oldest. A child that is killed or dies takes only
-    the completion it was scoring with it: the others go to the next child. As many items wait as the caller submits.
-    `submitted` and `finished` count them, `finished_s` is when the last one was (time.monotonic()), `counts` has the
-    outcomes by failure, and "scored". `memory_bytes` bounds the address space of a child. `needs` has the columns that
-    the function requires. Raises ValueError where the reward function cannot be used, before anything is submitted.
+    lowest `urgency` are handed to a child first, and among these the oldest; a child holds what it scores in 0.2 s, or
+    one. A child that is killed or dies takes only the completion it was scoring with it: the others go to the next
+    child. As many items wait as the caller submits. `submitted` and `finished` count them, `finished_s` is when the
+    last one was (time.monotonic()), `counts` has the outcomes by failure, and "scored". `memory_bytes` bounds the
+    address space of a child. `needs` has the columns that the function requires. Raises ValueError where the reward
+    function cannot be used, before anything is submitted.
 
     Example: pool = RewardPool("math", workers=2, timeout_s=10, on_score=buffer.scored); pool.submit(key, item)
     """
@@ -132,10 +131,8 @@ class RewardPool:
     def _feed(self, children: list[Child]) -> None:
         """Hand waiting items to the children that hold fewest."""
         ready = [child for child in children if child.ready]
-        while ready and not self._queue.empty():
-            child = min(ready, key=lambda child: len(child.held))
-            if len(child.held) >= DEPTH:
-                break
+        while not self._queue.empty() and (roomy := [child for child in ready if child.has_room]):
+            child = min(roomy, key=lambda child: len(child.held))
             if not child.held:
                 child.deadline = time.monotonic() + self._timeout_s
             child.held.append(self._queue.get_nowait())
@@ -171,6 +168,7 @@ class RewardPool:
             child.ready, self.needs = True, reply.needs
             self._settled.set()
         else:
+            child.took(time.monotonic() - (child.deadline - self._timeout_s))
             self._report(child.held.popleft().ticket, reply)
         child.deadline = time.monotonic() + self._timeout_s if child.held else math.inf
 

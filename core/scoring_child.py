@@ -15,6 +15,9 @@ from core.scoring_worker import Outcome, Started, environment, take_replies
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120.0  # a user's module may import torch
+# A child holds several cheap items, so that it does not wait for the parent between two; but what is handed over is
+# scored before all that is more urgent and comes later, so no more than it scores in AHEAD_S.
+DEPTH, AHEAD_S = 16, 0.2
 
 
 class Item(NamedTuple):
@@ -46,6 +49,16 @@ class Child:
         self.held: collections.deque[Item] = collections.deque()  # the first one is being scored
         self.incoming, self.outgoing = bytearray(), bytearray()
         self.deadline = time.monotonic() + START_TIMEOUT_S
+        self._pace_s = AHEAD_S  # seconds an item takes, the last ones counting most
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may hold one more item."""
+        return not self.held or (len(self.held) < DEPTH and (len(self.held) + 1) * self._pace_s <= AHEAD_S)
+
+    def took(self, seconds: float) -> None:
+        """Its first item is scored."""
+        self._pace_s = (self._pace_s + seconds) / 2
 
     def send(self) -> None:
         # A child that died is noticed when its socket is read, after the scores it had still sent.

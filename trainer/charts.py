@@ -122,8 +122,8 @@ def _shade(axes: Axes, share: Sequence[tuple[int, float]], labelled: bool) -> No
     right = axes.twinx()
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
-    steps, alphas = zip(*(share[place] for place in turns([alpha for _, alpha in share])), strict=True)
-    steps, alphas = zip(*((steps[place], alphas[place]) for place in outline(alphas)), strict=True)
+    corners = [share[place] for place in turns([alpha for _, alpha in share])]
+    steps, alphas = zip(*(corners[place] for place in outline([alpha for _, alpha in corners])), strict=True)
     right.fill_between(steps, alphas, step="mid", color=COLOURS["explorer"], alpha=0.13, linewidth=0)
     right.set_ylim(0, 1)
     right.spines[:].set_visible(False)

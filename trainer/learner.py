@@ -27,6 +27,7 @@ from trainer.models import load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, policy_objective
 from trainer.recompute import enable_gradient_checkpointing
 from trainer.scorer import Scorer
+from trainer.signals import alive
 from trainer.tensor_files import TensorFiles, gather, write_file, write_files, write_stream
 from trainer.world import World
 
@@ -64,8 +65,7 @@ class Learner:
         self.explorer = self.backend.frozen(explorer) if explorer is not None else None
         self.scorer = Scorer(config, self.backend, reference=self.reference, explorer=self.explorer)
         self.step = 0  # completed training steps
-        self.skipped_updates = 0
-        self._skipped_in_a_row = 0
+        self.skipped_updates = self._skipped_in_a_row = 0
         self._scored: dict[int, tuple[MicroBatch, Scores]] = {}
         self._visited: set[int] = set()
         self._tally = Tally(config)
@@ -127,6 +127,7 @@ class Learner:
             for cpu_batch in chain.from_iterable(mini_batch.micro_batches for mini_batch in batch.mini_batches):
                 micro_batch = cpu_batch.to(self.world.device)
                 self._scored[micro_batch.index] = (micro_batch, self.scorer.scores(micro_batch))
+                alive(self.config.stream.starvation_s)
         self._seconds["time/score"] += time.perf_counter() - start
 
     def update(self, mini_batch: MiniBatch) -> dict[str, float]:
@@ -226,6 +227,7 @@ class Learner:
             loss += outcome.loss.detach()
             sums += measured
             maxima = torch.maximum(maxima, highest)
+            alive(self.config.stream.starvation_s)  # a long update does not hang
         return _to_host(self.world.gathered(torch.cat([loss, sums.flatten(), maxima.flatten()])))
 
     def _skip(self, loss: float, norm: float) -> None:

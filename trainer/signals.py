@@ -39,7 +39,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Of this process. `asked`: the signal that asked the run to stop, or 0.
+    """Of this process. `asked`: the signal that asked the run to stop, or 0. `training`: in `between_steps_only`.
 
     A thread reads which signals came, because Python's own handlers wait for as long as the main thread is in C code.
     """
@@ -47,7 +47,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked = 0
         self._asked_s = 0.0
-        self._training = False
+        self.training = False
 
     def install(self) -> None:
         """Called once, on the main thread, before anything that takes long."""
@@ -65,11 +65,11 @@ class Signals:
     @contextlib.contextmanager
     def between_steps_only(self) -> Iterator[None]:
         """While training: a first signal waits for `check`."""
-        self._training = True
+        self.training = True
         try:
             yield
         finally:
-            self._training = False
+            self.training = False
             faulthandler.cancel_dump_traceback_later()
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class Signals:
             raise Stopped(self.asked, between_steps=False)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number in STOPPING and not self._training:
+        if number in STOPPING and not self.training:
             raise Stopped(number, between_steps=False)
 
     def _watch(self, arrived: socket.socket) -> None:
@@ -99,7 +99,7 @@ class Signals:
         now, name = time.monotonic(), signal.Signals(number).name
         if not self.asked:
             self.asked, self._asked_s = number, now
-            if self._training:
+            if self.training:
                 _say(f"{name}: stopping before the next step, with a checkpoint; once more stops at once")
         elif now - self._asked_s > REPEAT_S:
             _say(f"{name} again: stopped at once; continue with --resume")
@@ -124,8 +124,10 @@ def show_stacks_of_children() -> None:
 
 
 def alive(limit_s: float) -> None:
-    """The main thread moves. Unless this is called again within the limit, all its process's stacks are shown."""
-    faulthandler.dump_traceback_later(limit_s, repeat=True)
+    """While training: the main thread moves. Unless this is called again within `limit_s` seconds, all stacks of its
+    process are shown."""
+    if SIGNALS.training:
+        faulthandler.dump_traceback_later(limit_s, repeat=True)
 
 
 def _handles(pid: int, number: int) -> bool:

@@ -1,4 +1,4 @@
-"""Long curves in no more points than a chart can show: a run of 5,000 steps draws as that of 800 does."""
+"""Long curves in no more points than a chart can show: a page of 5,000 steps is as large as one of 800."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ COLUMNS = 400  # more than a chart is wide, in points of 1/72 inch
 def outline(values: Sequence[float]) -> NDArray[np.intp]:
     """Places of the values that a line must pass, in order; NaN is a gap.
 
-    All of them up to 2 · COLUMNS. Of more, the lowest, the highest and the ends of gaps of each of COLUMNS pieces,
-    which are narrower than the line: the drawing stays the same.
+    All of them up to 2 · COLUMNS. Of more, the lowest, the highest and the ends of gaps of each of COLUMNS pieces: a
+    piece is narrower than the line that is drawn, which looks the same.
 
     Example: steps[outline(values)], values[outline(values)]
     """

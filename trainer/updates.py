@@ -10,7 +10,6 @@ from core.config import Config
 from core.schema import Group
 from trainer.batch import MiniBatch, pack_step
 from trainer.learner import Learner
-from trainer.signals import alive
 from trainer.stream import GroupStream
 from trainer.timeline import Part
 from trainer.world import World
@@ -56,4 +55,3 @@ class Updates:
         for mini_batch in mini_batches:
             with self.stream.stages("train"):
                 yield mini_batch
-            alive(self.config.stream.starvation_s)  # a step of many updates does not hang

@@ -16,6 +16,9 @@ def act(completions, **columns):
         case "slow":
             time.sleep(0.02)
             return [0.0]
+        case "take":
+            time.sleep(float(rest))
+            return [0.0]
         case "none":
             return [None]
         case "sleep":

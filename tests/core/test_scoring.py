@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from core.rewards import RewardItem
-from core.scoring import DEPTH, RewardPool
-from core.scoring_child import REPOSITORY
+from core.scoring import RewardPool
+from core.scoring_child import DEPTH, REPOSITORY, Child, Item
 from core.scoring_worker import Outcome, Started, frame, score, take_replies
 
 ACT = "scoring_rewards:act"
@@ -171,6 +171,45 @@ def test_what_is_urgent_does_not_queue_behind_what_is_not():
     assert order.index("soon") < 2 * DEPTH  # a child may hold DEPTH already
     assert order[-1] == "late"
     assert [ticket for ticket in order if isinstance(ticket, int)] == list(range(3 * DEPTH))
+
+
+def test_what_is_urgent_waits_for_one_slow_item_and_not_for_all_that_a_child_could_hold():
+    order, scores = [], Scores()
+
+    def note(ticket, outcome):
+        order.append(ticket)
+        scores(ticket, outcome)
+
+    with RewardPool(ACT, workers=1, timeout_s=30.0, on_score=note) as pool:
+        for ticket in range(8):
+            pool.submit(ticket, RewardItem(prompt="", completion="take 0.3", answer=""), urgency=(1, 7))
+        scores.wait(1)
+        pool.submit("soon", RewardItem(prompt="", completion="score 1", answer=""), urgency=(0, 7))
+        scores.wait(9)
+    assert order.index("soon") <= 2
+    assert [ticket for ticket in order if ticket != "soon"] == list(range(8))
+
+
+@pytest.mark.parametrize(("seconds", "held"), [(0.0, DEPTH), (0.03, 6), (0.09, 2), (0.3, 1)])
+def test_a_child_holds_what_it_scores_in_a_short_time(seconds, held):
+    child = Child("countdown", 1 << 30)
+    try:
+        assert filled(child) == 1  # nothing is known of it yet
+        for _ in range(20):
+            child.took(seconds)
+        assert filled(child) == held
+        child.took(5.0)
+        assert filled(child) == 1
+    finally:
+        child.kill()
+
+
+def filled(child):
+    """How many items it may hold."""
+    child.held.clear()
+    while child.has_room:
+        child.held.append(Item((), 0, None, b""))
+    return len(child.held)
 
 
 def test_children_end_with_the_pool():

@@ -191,6 +191,20 @@ def test_metrics_of_a_step(tiny_config, made_up_groups, learner_dir):
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_each_micro_batch_is_a_sign_of_life(tiny_config, made_up_groups, learner_dir, monkeypatch):
+    signs = []
+    monkeypatch.setattr("trainer.learner.alive", signs.append)
+    config = tiny_config({"learner.micro_batch_tokens": 0, "learner.micro_batch_rows": 1, "stream.starvation_s": 70.0})
+    learner, batch = load(config, learner_dir), pack_step(made_up_groups(), config)
+    learner.begin_step(batch)
+    per_step = sum(len(mini_batch.micro_batches) for mini_batch in batch.mini_batches)
+    assert signs == [70.0] * per_step
+    mini_batch = batch.mini_batches[0]
+    learner.update(mini_batch)
+    assert len(mini_batch.micro_batches) > 1
+    assert len(signs) == per_step + len(mini_batch.micro_batches)
+
+
 def test_a_step_of_plain_grpo_has_no_explorer_metrics(tiny_config, made_up_groups, learner_dir):
     metrics = train_step(load(tiny_config(), learner_dir), made_up_groups(explorer=0, learner=4))
     assert not [name for name in metrics if name.startswith("explorer/")]

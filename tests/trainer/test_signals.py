@@ -130,6 +130,7 @@ with SIGNALS.between_steps_only():
     signals.alive(0.5)
     say("ready")
     wedged()
+signals.alive(0.5)
 time.sleep(1.0)
 """
     ).end()
