@@ -2,9 +2,10 @@
 
     python -m bench.learner [--shape tiny|small|states|1.7b|4b] [--ranks N] [--rounds N] [--only CASE ...] [--dry]
 
-Every case is a run of its own (N ranks under torchrun) on the same random weights and the same ragged rows: one update,
-from tokens to new weights. The plain step pads its rows to the longest of each micro-batch and materialises the logits.
-Tokens per second count prompts and completions, never padding. Rows go to bench/results/learner.jsonl.
+Every case is a run of its own (N ranks under torchrun) on the same random weights and ragged rows: one update, from
+tokens to new weights. The plain step pads its rows to the longest of each micro-batch and materialises the logits.
+Tokens per second count prompts and completions, never padding; `held_mb` is what rank 0 holds between two updates,
+`peak_mb` what its start and updates took at most. Rows go to bench/results/learner.jsonl.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from trainer.learner import Learner
 from trainer.models import DTYPES, load_model
 from trainer.world import World
 
-COLUMNS = ["case", "ranks", "tokens_per_s", "ratio", "median_s", "min_s", "peak_mb", "computed", "loss", "mfu"]
+COLUMNS = ["case", "ranks", "tokens_per_s", "ratio", "median_s", "peak_mb", "held_mb", "computed", "loss", "mfu"]
 ROWS, GROUP = 32, 8
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 # hidden, layers, query heads, key-value heads, head size, intermediate, vocabulary, longest completion
@@ -70,8 +71,7 @@ def make_model(directory: Path, shape: str) -> None:
     )  # fmt: skip
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         Qwen3ForCausalLM(config).to(config.dtype).save_pretrained(directory)
-    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).save_pretrained(directory)
 
 
 def make_groups(shape: str) -> list[Group]:
@@ -176,8 +176,7 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     config = make_config(CASES[name], shape)
     world = World.join(line_size=config.learner.sequence_parallel)
     batch = pack_step(make_groups(shape), config, rank=world.rank, world_size=world.size)
-    held: list[Step] = []
-    losses: list[float] = []
+    held, losses, before = list[Step](), list[float](), measure.held_bytes()
 
     def build() -> None:
         held.append((learner_step if CASES[name] else plain_step)(config, directory, batch, world))
@@ -192,6 +191,7 @@ def run_case(name: str, shape: str, directory: Path, rounds: int) -> None:
     found: dict[str, Any] = {
         "case": name, "shape": shape, "ranks": world.size, "tokens": sum(rows), "loss": losses[0], **summary,
         "tokens_per_s": sum(rows) / summary["median_s"], "peak_mb": peak / 2**20, "computed": slots / sum(rows),
+        "held_mb": (measure.held_bytes() - before) / 2**20,
         "mfu": _utilisation(shape, rows, summary["median_s"] * world.size, CASES[name]),
     }  # fmt: skip
     found["kernels"] = kernel_times.shares(run) if torch.cuda.is_available() else []
@@ -224,8 +224,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry", action="store_true", help="tiny, two rounds, nothing recorded")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.dry:
-        options.shape, options.rounds = "tiny", 2
+    options.shape, options.rounds = ("tiny", 2) if options.dry else (options.shape, options.rounds)
     if options.child:
         run_case(options.child[0], options.shape, Path(options.child[1]), options.rounds)
         return 0

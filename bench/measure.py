@@ -1,5 +1,7 @@
 """How every benchmark measures and records: warm-up, interleaved rounds, medians, the machine beside each number."""
 
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -110,6 +112,18 @@ def peak_bytes(case: Callable[[], Any]) -> int | None:
     before = _status("VmRSS")
     case()
     return _status("VmHWM") - before
+
+
+def held_bytes() -> int:
+    """In use now: on CUDA the allocator's, on Linux the resident set without what was freed; 0 where neither can be
+    read."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    if not STATUS.exists():
+        return 0
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def end_tree(process: subprocess.Popen[Any]) -> None:

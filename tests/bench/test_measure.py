@@ -25,6 +25,15 @@ def test_the_summary_is_a_median_with_its_range():
     assert measure.summary([3.0, 1.0, 2.0]) == {"median_s": 2.0, "min_s": 1.0, "max_s": 3.0}
 
 
+@pytest.mark.skipif(not measure.STATUS.exists(), reason="reads /proc")
+def test_held_memory_counts_what_is_alive_only():
+    before = measure.held_bytes()
+    alive, freed = torch.ones(16 << 20), torch.ones(64 << 20)
+    del freed
+    assert (64 << 20) * 0.9 < measure.held_bytes() - before < (64 << 20) * 1.5
+    assert alive.sum() == 16 << 20
+
+
 def test_peak_memory_sees_what_was_freed():
     peak = measure.peak_bytes(lambda: torch.ones(16 << 20).sum())
     assert peak is None or (64 << 20) * 0.9 < peak < (64 << 20) * 1.5
