@@ -68,12 +68,10 @@ class Courier:
         self._hello_beat = 0  # first beat that carried it
         self._ended: Ended | None = None
         self._leaving: str | None = None
-        self._outbox = Outbox(1)
-        self._inbox = Inbox()
+        self._outbox, self._inbox = Outbox(1), Inbox()
         self._newest: Weights | None = None
         self._doing, self._progress, self._beat = "loading", 0, 0
-        self._heard_s = time.monotonic()
-        self._silence_s = patience_s
+        self._heard_s, self._silence_s = time.monotonic(), patience_s
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._thread.start()
 
@@ -105,6 +103,15 @@ class Courier:
         """Weights newer than the engine's, if any were published. Called at every decode step, so it takes no lock."""
         newest = self._newest
         return newest if newest is not None and newest.version > self._inbox.loaded else None
+
+    def newer_than(self, version: int) -> Weights:
+        """Wait for weights newer than these: the trainer is writing them."""
+        with self._changed:
+            doing, self._doing = self._doing, f"waiting for weights newer than {version}"
+            self._wait(lambda: self._newest is not None and self._newest.version > version)
+            self._doing = doing
+            assert self._newest is not None
+            return self._newest
 
     def loaded(self, version: int) -> None:
         """These weights are in the engine."""

@@ -127,8 +127,7 @@ class Worker:
         while True:
             task = courier.next_task()
             if task.weights is not None:
-                generator.load(task.weights)
-                courier.loaded(generator.version)
+                generator.update(task.weights, courier)
             generator.serve(task.lease, courier)
 
     def _load(self, welcome: Welcome, model_dir: Path) -> Generator:
