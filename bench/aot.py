@@ -23,6 +23,7 @@ SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 FLOATS = ("low", "high", "dual_clip", "kl_coef", "eps", "fill")
 INTEGERS = ("row_stride", "out_stride", "columns", "tokens_count", "width")
+OPTIONAL = ("is_weight", "ref", "kl_weight", "mask", "grad_entropy")
 LONGS = ("targets", "offsets", "kept", "index", "positions", "rows", "owner", "prompt_lengths", "answer_offsets")
 
 
@@ -48,6 +49,7 @@ def variants() -> list[Variant]:
     from kernels.row_triton import tile as row_tile
 
     found, width = [], (ROW_OPTIONS["num_warps"], tuple(ROW_OPTIONS.items()))
+    asked = ("", (), ("token", "cispo")), (", no options", OPTIONAL, ("token",))
     for logits, out in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
         types = {"logits": f"*{logits}", "out": f"*{out}"}
         name = f"{logits} to {out}"
@@ -55,17 +57,15 @@ def variants() -> list[Variant]:
         block = {"BLOCK": GRADIENT_BLOCK}
         if logits != out or logits == "bf16":
             found.append(Variant(f"statistics {logits}", head.statistics_kernel, tile, types, (), *width))
-        found.append(Variant(f"gradient {name}", head.gradient_kernel, block, types, (), *width))
-        for ratio in ("token", "cispo"):
-            constants = {**tile, **block, "RATIO": RATIOS[ratio]}
-            found.append(Variant(f"{ratio} loss {name}", head.loss_kernel, constants, types, (), *width))
+        for suffix, absent, ratios in asked:
+            label = name + suffix
+            found.append(Variant(f"gradient {label}", head.gradient_kernel, block, types, absent, *width))
+            for ratio in ratios:
+                constants = {**tile, **block, "RATIO": RATIOS[ratio]}
+                found.append(Variant(f"{ratio} loss {label}", head.loss_kernel, constants, types, absent, *width))
     for out in ("bf16", "fp32"):
         types = {"source": "*fp32", "factor": "*fp32", "out": f"*{out}", "size": "i64"}
         found.append(Variant(f"scale to {out}", head.scale_kernel, {"BLOCK": SCALE_BLOCK}, types))
-    plain = ("is_weight", "ref", "kl_weight", "mask", "grad_entropy")
-    constants = {**tile, **block, "RATIO": RATIOS["token"]}
-    types = {"logits": "*fp32", "out": "*fp32"}
-    found.append(Variant("token loss, no options", head.loss_kernel, constants, types, plain, *width))
     for ratio, number in RATIOS.items():
         constants = {"BLOCK": TOKEN_BLOCK, "RATIO": number}
         found.append(Variant(f"policy loss {ratio}", policy_loss.policy_loss_kernel, constants, {"tokens": "i32"}))

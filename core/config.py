@@ -132,7 +132,7 @@ class Rollout(Section, frozen=True, kw_only=True):
     engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch; torch for the embedded models.")] = "auto"
     tensor_parallel: Annotated[int, Meta(description="GPUs that one vLLM engine spreads over.", ge=1)] = 1
     memory_share: Annotated[float, Meta(description="Part of a GPU's memory that the vLLM engines on it may fill together.", gt=0, le=1)] = 0.9
-    max_logprob_gap: Annotated[Gap, Meta(description="Largest |log π_old - log μ| of a learner token before an alarm (metric sampling/sampling_logp_difference/max); 0 is off; auto is 0.02 in float32 and 2 in bfloat16, and off where lookahead, top_p or top_k make the two differ by themselves.")] = "auto"
+    max_logprob_gap: Annotated[Gap, Meta(description="Largest |log π_old - log μ| of a learner token before an alarm (metric sampling/sampling_logp_difference/max); 0 is off; auto is 0.02 in float32 and 2 in bfloat16 for rows that π_old's own weights sampled, 1 in the mean over all, and off where top_p or top_k make the two differ by themselves.")] = "auto"
     processes: Annotated[int, Meta(description="Learner rollout processes.", ge=1)] = 1
     temperature: Annotated[float, Meta(description="Sampling temperature of the learner's rollouts; its log-probs are scored and trained at it too.", gt=0)] = 1.0
     top_p: Annotated[float, Meta(description="Nucleus of the learner's sampling.", gt=0, le=1)] = 1.0
@@ -194,6 +194,7 @@ class Evaluation(Section, frozen=True, kw_only=True):
 class Checkpoint(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(description="Steps between checkpoints; the last step is always saved.", ge=1)] = 20
     keep: Annotated[int, Meta(description="Complete checkpoints kept.", ge=1)] = 2
+    grace_s: Annotated[float, Meta(description="Seconds a begun step has to end after SIGTERM or Ctrl-C, so that it is in a checkpoint; later the run stops without. torchrun kills 30 s after the signal.", ge=0)] = 20.0
 
 
 class Config(Section, frozen=True, kw_only=True):

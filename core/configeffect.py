@@ -41,6 +41,8 @@ def _algorithm(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _learner(config: Config) -> Iterator[tuple[str, str, str]]:
     learner = config.learner
+    if config.loss.ratio == "cispo":
+        yield "loss.dual_clip", 'loss.ratio = "cispo", whose ratio is clipped before it meets A', "loss.ratio=token"
     if learner.backend != "deepspeed":
         reason = f'learner.backend = "{learner.backend}", where every rank holds everything'
         yield "learner.zero_stage", reason, "learner.backend=deepspeed"

@@ -82,6 +82,26 @@ def load_questions(data: Data, which: Literal["train", "eval"], seed: int) -> Lo
     return _from_file(open_data(key, name), data)
 
 
+def column_names(data: Data, which: Literal["train", "eval"]) -> list[str]:
+    """Names of the columns that questions of `data.train` or `data.eval` have, as `load_questions` gives them.
+
+    Reads the schema of a parquet file and the whole of a jsonl file. Raises ValueError as `load_questions` does for a
+    file or a prompt column that is not there.
+
+    Example: column_names(Data(train="dapo.parquet"), "train")  # ["data_source", "ability", "reward_model", …]
+    """
+    name = data.train if which == "train" else data.eval
+    if not name or name.startswith(EMBEDDED):
+        return []
+    file = open_data(f"data.{which}", name)
+    return _readable(file, beside=file.column("data.prompt_column", data.prompt_column, PROMPT_COLUMNS))
+
+
+def _readable(file: DataFile, *, beside: str = "") -> list[str]:
+    """Columns that reach a question, beside that of its prompt; a prompt inside a struct leaves the struct there."""
+    return [field.name for field in file.schema if "binary" not in str(field.type) and field.name != beside]
+
+
 def _embedded(key: str, name: str, which: Literal["train", "eval"], seed: int) -> Loaded:
     if name != "embedded:countdown":
         raise ValueError(f'{key} = "{name}": the only embedded data set is "embedded:countdown"')
@@ -139,12 +159,12 @@ def _rows(file: DataFile, prompt: str, answer: str) -> Iterator[tuple[Any, str, 
 
     The other columns are converted for rows that are kept only: 17 thousand of DAPO-Math-17k's 1.8 million.
     """
-    names = [field.name for field in file.schema if "binary" not in str(field.type)]
+    names, kept = _readable(file), _readable(file, beside=prompt)
     for batch in file.batches(names):
         turns = _turns(_dig(batch, prompt), prompt, file)
         if "choices" in names:
             turns = _with_choices(turns, batch.column("choices").to_pylist())
-        others = batch.select([name for name in names if name != prompt])
+        others = batch.select(kept)
         for index, (turn, gold) in enumerate(zip(turns, _golds(_dig(batch, answer), answer, file))):
             yield turn, gold, others, index
 

@@ -53,7 +53,7 @@ def resolve_reward(name: str) -> Reward:
 
 def require_columns(function: str, needs: Collection[str], columns: Collection[str], key: str) -> None:
     """Raise ValueError where a function requires columns that the data of `key` (data.train) do not have."""
-    missing = sorted(set(needs).difference(columns, ("answer",)))
+    missing = sorted(set(needs).difference(columns))
     if missing:
         raise ValueError(
             f'reward.function = "{function}" requires {", ".join(missing)}, and {key} has no such column. It is given '
@@ -64,7 +64,7 @@ def require_columns(function: str, needs: Collection[str], columns: Collection[s
 
 @dataclass(frozen=True)
 class UserReward:
-    """A user's function as a Reward; `needs`: columns without which it cannot be called."""
+    """A user's function as a Reward; `needs`: columns of the data without which it cannot be called."""
 
     call: Reward
     needs: tuple[str, ...]
@@ -121,7 +121,7 @@ def _adapted(function: Any, name: str) -> UserReward:
     if verl:
         return UserReward(lambda item: _verl_score(function(**accepted(_verl_arguments(item)))), ())
     whose = f"{name}{_defined(function)}"
-    needs = tuple(sorted(required.difference(TRL_GIVEN)))
+    needs = tuple(sorted(required.difference(TRL_GIVEN, ("answer",))))
     return UserReward(lambda item: _trl_score(function(**accepted(_trl_arguments(item))), whose), needs)
 
 

@@ -104,6 +104,11 @@ class Completion(Noun, frozen=True, kw_only=True):
         return np.frombuffer(self.logprob_bytes, dtype="<f4")
 
     @property
+    def num_tokens(self) -> int:
+        """L"""
+        return len(self.token_bytes) // 4
+
+    @property
     def num_bytes(self) -> int:
         """Bytes the buffer counts for it."""
         return len(self.token_bytes) + len(self.logprob_bytes)

@@ -77,7 +77,7 @@ class ReplayBuffer:
                 self._changed.notify_all()
 
     def fail_reward(self, key: CompletionKey, reason: str) -> None:
-        """Drop a completion whose reward raised, timed out or was no number. Never a reward of 0."""
+        """Drop a completion that cannot be scored: its reward raised, timed out, … Never a reward of 0."""
         with self._changed:
             if self._remove(key):
                 self._failed[key.step].add(key)

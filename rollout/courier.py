@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from core.schema import Completion, Source
+from rollout.access import why_silent
 from rollout.frame import FrameError, session_of
 from rollout.inbox import Inbox, Task
 from rollout.messages import (
@@ -167,6 +168,8 @@ class Courier:
         while self._welcome is None and self._ended is None and self._leaving is None:
             self._link.send([self._join])
             self._hear(self._link.poll(_JOIN_S))
+            if self._link.refusal:
+                self._end(Ended("refused", self._link.refusal))
 
     def _turn(self) -> None:
         assert self._welcome is not None
@@ -207,8 +210,10 @@ class Courier:
         now = time.monotonic()
         if messages:
             self._heard_s = now
-        elif now - self._heard_s > self._silence_s:
-            self._end(Ended("silent", f"no answer from the trainer for {now - self._heard_s:.0f} s"))
+        elif (silent_s := now - self._heard_s) > self._silence_s:
+            link, answered = self._link, self._welcome is not None
+            why = "" if answered else why_silent(link.endpoint, link.counts, has_keys=link.has_keys)
+            self._end(Ended("silent", f"no answer from the trainer for {silent_s:.0f} s{why}"))
         with self._changed:
             for message in messages:
                 self._take(message)

@@ -68,6 +68,12 @@ def reachable(endpoint: str) -> str:
     return f"tcp://{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::", "*") else endpoint
 
 
+def bind_problem(endpoint: str, code: int, said: str) -> str:
+    """Why an address could not be bound: `code` is an errno, `said` its words."""
+    what = "is in use by another process" if code == errno.EADDRINUSE else f"cannot be used: {said}"
+    return f'stream.endpoint = "{endpoint}" {what}: choose another port, or "auto"'
+
+
 def refuse_live_ipc(endpoint: str) -> None:
     """ValueError where somebody listens on the ipc path already: bind would silently take the path over."""
     path = Path(endpoint.removeprefix("ipc://"))

@@ -61,7 +61,8 @@ def file_digest(file: Path) -> str:
     with file.open("rb", buffering=0) as stream:
         starts = range(0, os.fstat(stream.fileno()).st_size, _PIECE_BYTES)
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
-            pieces = threads.map(lambda start: _piece_sha256(stream.fileno(), start), starts)
+            each = threads.map if len(starts) > 1 else map  # a thread for one piece would be waited for at once
+            pieces = each(lambda start: _piece_sha256(stream.fileno(), start), starts)
             return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 

@@ -87,6 +87,11 @@ class Ledger:
         with self._lock:
             self._accounts[source].reused += 1
 
+    def past(self, source: Source) -> tuple[int, int]:
+        """What earlier starts read from a store of recorded completions, and what they generated."""
+        with self._lock:
+            return self._accounts[source].reused, self._accounts[source].past_produced
+
     def totals(self) -> dict[str, int]:
         """The run's fault counters, both sources together."""
         with self._lock:

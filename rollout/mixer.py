@@ -7,7 +7,6 @@ unblocked by a score, a failed reward (which asks for a replacement), an error, 
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,10 @@ from rollout.evaluation import Evaluation
 from rollout.grouping import form_groups
 from rollout.ledger import Ledger
 from rollout.messages import Lease
+from rollout.patience import Patience
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse
 from rollout.rewarding import FailureLog, Rewarder, Ticket
-
-POLL_S = 0.5
-
-
-class Starved(RuntimeError):
-    """Nothing moved for stream.starvation_s: no token, no completion, no reward."""
 
 
 class NothingToTrain(RuntimeError):
@@ -39,7 +33,10 @@ class NothingToTrain(RuntimeError):
 class Mixer:
     """Asks for completions ahead, and hands out whole groups. Why rewards fail goes to `on_event` and `reward_log`.
 
-    Raises ValueError for a reward function that cannot be used, or that requires columns the training data lack.
+    `why_unfit` gives the reason why a completion cannot train, or None: it is dropped under that reason and replaced
+    as one whose reward fails is. (Nobody can be asked again: the same lease gives the same completion.)
+
+    Raises ValueError for a reward function that cannot be used.
 
     Example:
         mixer.request(1)
@@ -59,15 +56,23 @@ class Mixer:
         on_event: Callable[[str], None],
         reward_log: Path,
         reuse: Reuse | None = None,
+        why_unfit: Callable[[Completion], str | None] = lambda completion: None,
     ) -> None:
         self.config, self.demand, self.pool, self.buffer, self.ledger = config, demand, pool, buffer, ledger
-        self._on_wait, self._reuse = on_wait, reuse
+        self._reuse, self._why_unfit = reuse, why_unfit
         self._requested = dict.fromkeys(Source, 0)  # last step asked for
         self._replacing = threading.Lock()  # rewards fail on the scorer's thread and, after a resume, on the trainer's
         self._replaced: set[CompletionKey] = set()
         self._evaluation: Evaluation | None = None
         failures = FailureLog(config.reward.function, reward_log, say=on_event)
-        self._rewards = Rewarder(config.reward, failures, demand.prompts_at(1), decode=decode, on_score=self._on_score)
+        self._rewards = Rewarder(config.reward, failures, decode=decode, on_score=self._on_score)
+        self._patience = Patience(
+            buffer,
+            (pool, self._rewards),
+            limit_s=config.stream.starvation_s,
+            meanwhile=self._read_recorded,  # a replacement may be on record
+            on_wait=on_wait,
+        )
 
     def request(self, step: int) -> None:
         """Ask the learner for `step` and the explorer for as far ahead as is allowed. Asking again does nothing."""
@@ -98,7 +103,7 @@ class Mixer:
         """Take groups of `step` out of the buffer, in prompt order, once their prompts are complete or dropped.
 
         All that are left from slot `first` on, or the next `prompts` of them, whatever of the others is here: which
-        groups these are does not depend on what arrived first. Fewer are the step's last, and none is left then.
+        groups these are does not depend on what arrived first. With the last of them the step is over for the buffer.
         """
         slots, per_prompt = range(first, len(self.demand.prompts_at(step))), sum(self.demand.quota(step))
         complete = partial(self.buffer.complete, step, slots, prompts, per_prompt)
@@ -108,7 +113,7 @@ class Mixer:
 
         groups = None
         while groups is None:
-            self._wait(f"step {step}", missing, complete)
+            self._patience.wait(f"step {step}", missing, complete)
             with self.buffer.still():  # a reward that failed since may have dropped a prompt
                 if complete():
                     groups = self._take(step, self.buffer.window(step, slots, prompts), prompts)
@@ -127,7 +132,8 @@ class Mixer:
         groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         self._assert_fresh(step, groups)
         self.buffer.drop(rescued, "rescued")
-        last = prompts is None or len(slots) < prompts
+        rest = range(slots[-1] + 1 if slots else 0, len(self.demand.prompts_at(step)))
+        last = prompts is None or len(slots) < prompts or not self.buffer.window(step, rest, 1)
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows], last=last)
         return groups
 
@@ -149,36 +155,38 @@ class Mixer:
         return True
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n.
-
-        Raises ConfigError where the reward function requires columns that the prompts lack.
-        """
-        self._rewards.require(prompts, "data.eval")
+        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
-        self._wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
+        self._patience.wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)
         self._evaluation = None
         return evaluation.by_prompt()
 
     def resume(self, step: int) -> None:
         """Continue after `step` with what a checkpoint brought back into the buffer: score it, replace what failed."""
         self._requested = dict.fromkeys(Source, step)
+        if self._reuse is not None:
+            self._reuse.resume(*self.ledger.past(Source.EXPLORER))
         state = self.buffer.state()
         for completion in state.completions:
-            key = completion.key
-            self._rewards.submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+            self._score(completion)
         for key in state.failed:
-            with self._replacing:
-                self._replace(key)
+            self._replace(key)
 
     def close(self) -> None:
         """Stop scoring."""
         self._rewards.close()
 
     def _enter(self, completion: Completion) -> None:
-        key = completion.key
         if self.buffer.insert(completion):
-            self._rewards.submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
+            if reason := self._why_unfit(completion):
+                self._fail(completion.key, reason)
+            else:
+                self._score(completion)
+
+    def _score(self, completion: Completion) -> None:
+        key = completion.key
+        self._rewards.submit(("train", key), completion, self.demand.prompts_at(key.step)[key.slot])
 
     def _ask(self, leases: list[Lease]) -> None:
         """Have leases generated, but for what is on record."""
@@ -188,10 +196,9 @@ class Mixer:
         """Take what is on record for the step that is wanted, and for later ones while the buffer has room."""
         if self._reuse is None:
             return
-        for completion in self._reuse.due(self.wanted_step, self.buffer.has_room):
-            if not self.buffer.knows(completion.key):
-                self.ledger.reuse(completion.key.source)
-                self._enter(completion)
+        for completion in self._reuse.due(self.wanted_step, self.buffer.has_room, self.buffer.knows):
+            self.ledger.reuse(completion.key.source)
+            self._enter(completion)
 
     def _complete(self, lease: Lease) -> bool:
         """Whether a checkpoint already brought back all of a lease."""
@@ -200,25 +207,6 @@ class Mixer:
             for item in lease.items
             for sample in item.samples
         )
-
-    def _wait(self, what: str, missing: Callable[[], int], complete: Callable[[], bool]) -> None:
-        """Sleep until nothing is missing; say what for; stop with a name when nothing comes any more."""
-        limit_s = self.config.stream.starvation_s
-        best, since = missing(), time.monotonic()
-        while not self.buffer.wait(complete, POLL_S):
-            self.pool.check()
-            self._rewards.check()
-            self._read_recorded()  # a replacement may be on record
-            left, now = missing(), time.monotonic()
-            if left < best:
-                best, since = left, now
-            # A long completion, or a reward that takes its time, is no standstill.
-            workers, rewards = self.pool.waiting_for(), self._rewards.waiting_for()
-            since = max(since, workers.moved_s, rewards.moved_s)
-            waiting = f"{left} completions of {what}: {'; '.join(filter(None, (workers.line, rewards.line)))}"
-            if now - since > limit_s:
-                raise Starved(f"waited {now - since:.0f} s (stream.starvation_s) for {waiting}")
-            self._on_wait(waiting, now - since)
 
     def _on_score(self, ticket: Ticket, outcome: Outcome, text: str) -> None:
         purpose, key = ticket
@@ -229,22 +217,26 @@ class Mixer:
         elif outcome.reward is not None:
             self.buffer.score(key, outcome.reward, text)
         else:
-            self.buffer.fail_reward(key, f"reward_{outcome.failure}")
-            with self._replacing:
-                self._replace(key)
+            self._fail(key, f"reward_{outcome.failure}")
+
+    def _fail(self, key: CompletionKey, reason: str) -> None:
+        """Drop a completion that cannot train, and have it replaced."""
+        self.buffer.fail_reward(key, reason)
+        self._replace(key)
 
     def _replace(self, failed: CompletionKey) -> None:
         """Ask for further samples of the same source and prompt, one for each that failed, while tries last."""
-        same = [
-            key for key in self.buffer.failed(failed.step) if (key.source, key.slot) == (failed.source, failed.slot)
-        ]
-        if len(same) > self.config.reward.max_tries:
-            self.buffer.drop_prompt(failed.step, failed.slot)
-            return
-        first = self.demand.count(failed.source, failed.step)
-        for sample in range(first, first + len(same)):
-            key = CompletionKey(source=failed.source, step=failed.step, slot=failed.slot, sample=sample)
-            if key not in self._replaced and not self.buffer.knows(key):
-                self._replaced.add(key)
-                self.ledger.replace(key.source)
-                self._ask([self.demand.replacement(key)])
+        with self._replacing:
+            same = [
+                key for key in self.buffer.failed(failed.step) if (key.source, key.slot) == (failed.source, failed.slot)
+            ]
+            if len(same) > self.config.reward.max_tries:
+                self.buffer.drop_prompt(failed.step, failed.slot)
+                return
+            first = self.demand.count(failed.source, failed.step)
+            for sample in range(first, first + len(same)):
+                key = CompletionKey(source=failed.source, step=failed.step, slot=failed.slot, sample=sample)
+                if key not in self._replaced and not self.buffer.knows(key):
+                    self._replaced.add(key)
+                    self.ledger.replace(key.source)
+                    self._ask([self.demand.replacement(key)])

@@ -77,7 +77,7 @@ class WorkerPool:
         self._hub = Hub(
             address, session=session_of(run_id, incarnation), max_frame_bytes=stream.max_frame_mb << 20,
             heartbeat_s=stream.heartbeat_s, liveness_s=stream.liveness_s,
-            keys=trainer_keys(Path(stream.keys)) if stream.keys else None,
+            keys=trainer_keys(Path(stream.keys)) if stream.keys else None, on_event=on_event,
         )  # fmt: skip
         self.endpoint = self._hub.endpoint
         self._run_dir.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ class Reuse:
     Whole leases are recorded: an explorer's lease is one batch, so that a run which is killed and resumed gets the
     same bits from the store and from the engine.
 
-    Example: leases = reuse.missing(leases); found = reuse.due(step, lambda size: True)
+    Example: leases = reuse.missing(leases); found = reuse.due(step, buffer.has_room, buffer.knows)
     """
 
     def __init__(self, store: CompletionStore, demand: Demand, *, on_missing: Callable[[], None]) -> None:
@@ -78,8 +78,11 @@ class Reuse:
                 left.append(short)
         return left
 
-    def due(self, step: int, has_room: Callable[[int], bool]) -> list[Completion]:
-        """Completions on record for steps up to `step`, and for later ones while there is room for them."""
+    def due(
+        self, step: int, has_room: Callable[[int], bool], known: Callable[[CompletionKey], bool]
+    ) -> list[Completion]:
+        """Completions on record for steps up to `step`, and for later ones while there is room for them; none that is
+        `known`, as those are which a checkpoint brought back."""
         with self._lock:
             self._found.sort()
             count = size = 0
@@ -88,8 +91,9 @@ class Reuse:
                 if place.key.step > step and not has_room(size):
                     break
                 count += 1
-            places, self._found = self._found[:count], self._found[count:]
-            self.reused += count
+            places = [place for place in self._found[:count] if not known(place.key)]
+            del self._found[:count]
+            self.reused += len(places)
             return [_completion(place.key, self.store.read(place.prompt_uid, place.number)) for place in places]
 
     def record(self, completion: Completion) -> None:
@@ -110,8 +114,12 @@ class Reuse:
         self.check()
         self._written.append(self._writer.submit(self.store.add, whole))
 
+    def resume(self, reused: int, generated: int) -> None:
+        """Count on from what earlier starts of the run read and generated."""
+        self.reused, self.generated = reused, generated
+
     def metrics(self) -> dict[str, float]:
-        """Completions read and completions generated so far."""
+        """Completions read and completions generated since the run began."""
         return {"store/reused": float(self.reused), "store/generated": float(self.generated)}
 
     def check(self) -> None:

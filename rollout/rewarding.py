@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from core.config import Reward
-from core.configkeys import ConfigError
-from core.rewards import RewardItem, require_columns
+from core.rewards import RewardItem
 from core.schema import Completion, CompletionKey, Prompt
 from core.scoring import RewardPool
 from core.scoring_worker import Failure, Outcome
@@ -22,38 +21,25 @@ Ticket = tuple[str, CompletionKey]  # "train" or "eval"
 class Rewarder:
     """Scores completions in the processes of a RewardPool. `on_score(ticket, outcome, text)` is called in its thread.
 
-    Raises ValueError where the reward function cannot be used, or requires columns that `prompts` (of data.train) lack.
+    Raises ValueError where the reward function cannot be used. That the data have the columns which it requires is
+    looked at before (trainer.checks).
 
-    Example: Rewarder(config.reward, failures, prompts, decode=tokenizer.decode, on_score=mixer.scored)
+    Example: Rewarder(config.reward, failures, decode=tokenizer.decode, on_score=mixer.scored)
     """
 
     def __init__(
         self,
         settings: Reward,
         failures: "FailureLog",
-        prompts: Sequence[Prompt],
         *,
         decode: Callable[[Sequence[int]], str],
         on_score: Callable[[Ticket, Outcome, str], None],
     ) -> None:
         self.failures, self._decode, self._on_score = failures, decode, on_score
-        self._function = settings.function
         self._pool = RewardPool(
             settings.function, workers=settings.workers, timeout_s=settings.timeout_s, on_score=self._scored
         )
         self.check, self.close = self._pool.check, self._pool.close
-        try:
-            self.require(prompts, "data.train")
-        except ConfigError:
-            self.close()
-            raise
-
-    def require(self, prompts: Sequence[Prompt], key: str) -> None:
-        """Raise ConfigError where the function requires columns that `prompts`, the data of `key`, do not have."""
-        try:
-            require_columns(self._function, self._pool.needs, prompts[0].columns, key)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
     def submit(self, ticket: Ticket, completion: Completion, prompt: Prompt) -> None:
         """Score a completion of `prompt`. Raises RuntimeError after the pool has failed."""

@@ -4,12 +4,10 @@ Published families pad their embeddings, and not all alike: Qwen2.5 has 151,936 
 its large ones. No token has the ids between, but a model may draw one, and a model without it cannot score the row.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from core.config import Config
 from core.schema import Completion, Source
-from rollout.mixer import Mixer
 
 UNKNOWN_TOKEN = "unknown_token"
 
@@ -25,21 +23,14 @@ def id_bounds(config: Config, vocab_sizes: Mapping[Source, int]) -> dict[Source,
     return {Source.EXPLORER: smallest, Source.LEARNER: smallest if mixture else vocab_sizes[Source.LEARNER]}
 
 
-class SharedIdsMixer(Mixer):
-    """A mixer that drops rows with an id outside `id_bounds` and replaces them as it replaces failed rewards.
+def unknown_tokens(config: Config, vocab_sizes: Mapping[Source, int]) -> Callable[[Completion], str | None]:
+    """Says UNKNOWN_TOKEN of a completion with an id outside the `id_bounds` of its source, None of all others.
 
-    The engines cannot be asked again: the same lease gives the same completion.
+    Example: Mixer(…, why_unfit=unknown_tokens(config, {Source.LEARNER: 152_064, Source.EXPLORER: 151_936}))
     """
+    bounds = id_bounds(config, vocab_sizes)
 
-    def __init__(self, *parts: Any, id_bounds: Mapping[Source, int], **options: Any) -> None:
-        self._id_bounds = id_bounds
-        super().__init__(*parts, **options)
+    def why_unfit(completion: Completion) -> str | None:
+        return UNKNOWN_TOKEN if int(completion.tokens.max()) >= bounds[completion.key.source] else None
 
-    def _enter(self, completion: Completion) -> None:
-        key = completion.key
-        if int(completion.tokens.max()) < self._id_bounds[key.source]:
-            super()._enter(completion)
-        elif self.buffer.insert(completion):
-            self.buffer.fail_reward(key, UNKNOWN_TOKEN)
-            with self._replacing:
-                self._replace(key)
+    return why_unfit

@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
         ("worker", pa.string()),
     ]
 )
+# A dictionary of values that hardly ever repeat is written twice as slowly, and the file is a fifth larger.
+REPEATED = ["source", "prompt_uid", "prompt", "answer", "finish", "worker"]
 
 
 def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group]) -> Path:
@@ -46,7 +48,7 @@ def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group]) -> Path:
     path = rollout_file(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(_table(groups), partial, compression="zstd")
+    pq.write_table(_table(groups), partial, compression="zstd", use_dictionary=REPEATED)
     partial.replace(path)
     return path
 

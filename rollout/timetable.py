@@ -1,7 +1,8 @@
 """Which role each process has when (rollout.roles = "handover"): known before the run, since the demand is.
 
 Early on the learner owes few rollouts, so that its processes would idle while explorers bound the run: they begin as
-explorers, and go back in time. In the end explorers go the other way (rollout/handover.py).
+explorers, and go back in time. In the end explorers go the other way (rollout/handover.py). A run that is resumed is
+planned from the step it continues from: a role that would be given up at once costs the loading of a model.
 """
 
 from collections.abc import Callable
@@ -19,29 +20,32 @@ def learners_wanted(quota: Quota, explorers: int, learners: int) -> int:
     return min(learners, ceil((explorers + learners) * quota.learner / (quota.learner + quota.explorer)))
 
 
-def return_steps(config: Config, quota: Callable[[int], Quota]) -> tuple[int, ...]:
+def return_steps(config: Config, quota: Callable[[int], Quota], after: int = 0) -> tuple[int, ...]:
     """For each learner process, the step whose rollouts it must be back for; 1 where it never works as an explorer.
 
-    Process 0 stays where the run evaluates, since evaluations are the learner's from the start; so does one that step 2
-    needs, since it would have to go back at once. A process that no step needs is back for the one after the last.
+    Process 0 stays where the run evaluates, since evaluations are the learner's from the start; so does one that would
+    go back at once: the first `lookahead` + 1 steps after `after` are asked for together, and one is needed a step
+    ahead. A process that no step needs is back for the one after the last.
     """
     learners, steps = config.rollout.processes, config.algorithm.steps
     if config.rollout.roles != "handover" or not config.explorer.processes:
         return (1,) * learners
-    wanted = [learners_wanted(quota(step), config.explorer.processes, learners) for step in range(1, steps + 1)]
-    needed = [next((s for s, count in enumerate(wanted, start=1) if count > i), steps + 1) for i in range(learners)]
-    return tuple(1 if step <= 2 or (i == 0 and config.data.eval) else step for i, step in enumerate(needed))
+    left = range(after + 1, steps + 1)
+    wanted = {step: learners_wanted(quota(step), config.explorer.processes, learners) for step in left}
+    needed = [next((step for step, count in wanted.items() if count > i), steps + 1) for i in range(learners)]
+    at_once = after + config.algorithm.lookahead + 2
+    return tuple(1 if step <= at_once or (i == 0 and config.data.eval) else step for i, step in enumerate(needed))
 
 
 class Timetable:
-    """The plan of one run, and how far it is carried out.
+    """The plan of a run from the step after `after` on, and how far it is carried out.
 
     Example: timetable = Timetable(config, demand.quota); pool.spawn(Source.LEARNER, 1, first=timetable.first_role(1));
     pool.hand_over(*names) where names = timetable.due(step)
     """
 
-    def __init__(self, config: Config, quota: Callable[[int], Quota]) -> None:
-        self.return_steps = return_steps(config, quota)
+    def __init__(self, config: Config, quota: Callable[[int], Quota], after: int = 0) -> None:
+        self.return_steps = return_steps(config, quota, after)
         self._away = {f"{Source.LEARNER}-{i}": step for i, step in enumerate(self.return_steps) if step > 1}
 
     def first_role(self, index: int) -> Source | None:

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "LlamaForCausalLM")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+AGAIN = "download the model again"
 
 
 class Shape(NamedTuple):
@@ -38,7 +40,7 @@ def read_shape(model_dir: Path) -> Shape:
     file = model_dir / "config.json"
     if not file.is_file():
         raise ValueError(f"{model_dir} has no config.json: give a Hugging Face model directory")
-    config: dict[str, Any] = json.loads(file.read_text())
+    config = read_object(file, str(model_dir))
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -81,14 +83,43 @@ def read_shape(model_dir: Path) -> Shape:
         raise ValueError(f"{file} lacks {error}: it is not a complete {architecture} configuration") from error
 
 
-def weight_files(model_dir: Path) -> list[Path]:
-    """The directory's model.safetensors, or the shards its index names."""
-    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
+def weight_files(model_dir: Path, named: str = "") -> list[Path]:
+    """The directory's model.safetensors, or the shards its index names; all of them are there.
+
+    `named` is what messages call the directory, its path by default. Raises ValueError for a file that is missing and
+    for an index that names none.
+
+    Example: weight_files(Path("/models/Qwen3-8B-Base"), named='learner.model = "/models/Qwen3-8B-Base"')
+    """
+    where, index = named or str(model_dir), model_dir / INDEX
+    if (model_dir / SINGLE).is_file():
+        return [model_dir / SINGLE]
     if not index.is_file():
-        raise ValueError(f"{model_dir} has neither {single.name} nor {index.name}: convert the weights to safetensors")
-    return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        raise ValueError(
+            f"{where}: no weights there (neither {SINGLE} nor {INDEX}): {AGAIN}, with its safetensors files"
+        )
+    weight_map = read_object(index, where).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
+        raise ValueError(f"{where}: {INDEX} has no weight_map that names files: {AGAIN}")
+    files = [model_dir / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise ValueError(f"{where}: {missing[0]}{more} missing ({len(missing)} of {len(files)} files): {AGAIN}")
+    return files
+
+
+def read_object(file: Path, where: str) -> dict[str, Any]:
+    """A JSON object of a model directory that messages call `where`. Raises ValueError where the file holds none.
+
+    Example: read_object(model_dir / "config.json", str(model_dir))["vocab_size"]
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{where}: {file.name} is not JSON ({error}): {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {file.name} holds no JSON object: {AGAIN}")
+    return content
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ for a trainer that is away. ZMTP heartbeats find peers that stopped; MAXMSGSIZE 
 
 import errno
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from rollout.access import AllowList, Keys
-from rollout.endpoints import bindable, check_endpoint, reachable, refuse_live_ipc
+from rollout.access import AllowList, Keys, refused_line, why_refused
+from rollout.endpoints import bind_problem, bindable, check_endpoint, reachable, refuse_live_ipc
 from rollout.frame import FrameError, trainer_codec, worker_codec
 from rollout.messages import FromTrainer, FromWorker
 from rollout.wake import Wake
@@ -29,6 +29,7 @@ _MONITORED = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "handshake_failed",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "handshake_failed",
 }
+_HANDSHAKES = sum(event for event, name in _MONITORED.items() if name == "handshake_failed")
 
 
 class Received(NamedTuple):
@@ -49,16 +50,16 @@ class Hub:
     """The trainer's end. One thread owns it; only `wake` may be called from another.
 
     `endpoint`: ipc://PATH or tcp://HOST:PORT (port 0: any). ValueError for an address that is in use, too long, or
-    routable without keys.
+    routable without keys. `on_event(line)`: connections were refused, said of the 1st, the 10th, the 100th, …
     """
 
     def __init__(
         self, endpoint: str, *, session: int, max_frame_bytes: int, heartbeat_s: float, liveness_s: float,
-        keys: Keys | None = None,
+        keys: Keys | None = None, on_event: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         check_endpoint(endpoint, has_keys=keys is not None)
         refuse_live_ipc(endpoint)
-        self.session, self.counts = session, Counter[str]()
+        self.session, self.counts, self._has_keys, self._on_event = session, Counter[str](), keys is not None, on_event
         self._codec = trainer_codec(max_frame_bytes)
         self._context = zmq.Context()
         self._authenticator = self._authenticate(keys) if keys is not None else None
@@ -75,7 +76,7 @@ class Hub:
             self._socket.bind(bindable(endpoint))
         except zmq.ZMQError as error:
             self.close()
-            raise ValueError(_bind_problem(endpoint, error)) from error
+            raise ValueError(bind_problem(endpoint, error.errno or 0, str(error))) from error
         self.endpoint: str = reachable(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake.fd):
@@ -117,6 +118,8 @@ class Hub:
             name = _MONITORED.get(zmq.Event(recv_monitor_message(self._monitor)["event"]))
             if name is not None:
                 self.counts[name] += 1
+            if name == "handshake_failed" and str(self.counts[name]).rstrip("0") == "1":
+                self._on_event(refused_line(self.counts[name], has_keys=self._has_keys))
 
     def frame_bytes(self, messages: Sequence[FromTrainer]) -> int:
         """Size of a frame of these messages. ValueError where it would be refused. Any thread may ask."""
@@ -150,14 +153,18 @@ class Hub:
 
 
 class Link:
-    """A worker's end. One thread owns it; only `wake` may be called from another. `session` goes into every frame."""
+    """A worker's end. One thread owns it; only `wake` may be called from another. `session` goes into every frame.
+
+    `refusal`: why the trainer lets this worker in never, or "": the socket then tries no more.
+    """
 
     def __init__(
         self, endpoint: str, *, name: str, max_frame_bytes: int = 64 << 20, heartbeat_s: float = 1.0,
         liveness_s: float = 10.0, keys: Keys | None = None,
     ) -> None:  # fmt: skip
         check_endpoint(endpoint, has_keys=keys is not None)
-        self.session, self.counts = 0, Counter[str]()
+        self.session, self.counts, self.refusal = 0, Counter[str](), ""
+        self.endpoint, self.has_keys = endpoint, keys is not None
         self._codec = worker_codec(max_frame_bytes)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -169,11 +176,12 @@ class Link:
         if keys is not None:
             self._socket.curve_serverkey = keys.trainer
             self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+        self._monitor = self._socket.get_monitor_socket(_HANDSHAKES)
         self._socket.connect(endpoint)
         self._wake = Wake()
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake.fd, zmq.POLLIN)
+        for source in (self._socket, self._monitor, self._wake.fd):
+            self._poller.register(source, zmq.POLLIN)
 
     def limit(self, max_frame_bytes: int) -> None:
         """The trainer's limit, once it is known."""
@@ -190,8 +198,10 @@ class Link:
 
     def poll(self, timeout_s: float) -> list[FromTrainer]:
         """Wait for messages or `wake`, then take what is there. FrameError where the trainer speaks another version."""
-        self._poller.poll(max(0, int(timeout_s * 1000)))
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000))))
         self._wake.clear()
+        if self._monitor in ready:
+            self._note_failures()
         messages: list[FromTrainer] = []
         for _ in range(MAX_FRAMES_PER_POLL):
             try:
@@ -206,12 +216,22 @@ class Link:
                 self.counts[problem.reason] += 1
         return messages
 
+    def _note_failures(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            self.counts["handshake_failed"] += 1
+            unlisted = event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            if unlisted or event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                self.refusal = why_refused(self.endpoint, unlisted=unlisted, has_keys=self.has_keys)
+
     def wake(self) -> None:
         """End a poll that is under way, or the next one. Any thread."""
         self._wake.set()
 
     def close(self, linger_s: float = 0.0) -> None:
         """Close; `linger_s` is how long the last frames may take to leave."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=int(linger_s * 1000))
         self._wake.close()
         self._context.term()
@@ -227,8 +247,3 @@ def _set_options(socket: Any, endpoint: str, max_frame_bytes: int, heartbeat_s: 
     socket.setsockopt(zmq.HEARTBEAT_TTL, max(100, int(liveness_s * 1000)))
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))  # else an IPv4 address would be bound as a mapped IPv6 one
-
-
-def _bind_problem(endpoint: str, error: zmq.ZMQError) -> str:
-    what = "is in use by another process" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
-    return f'stream.endpoint = "{endpoint}" {what}: choose another port, or "auto"'

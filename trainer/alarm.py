@@ -4,31 +4,34 @@ A worker refuses a weights file whose digest is not the published one (rollout.g
 what the engine then computes with.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.config import Config
 from core.metrics import is_evaluation
 
-METRIC = "sampling/sampling_logp_difference/max"
+GAP = "sampling/sampling_logp_difference"  # /mean, /max, and /current_max of rows that π_old's own weights sampled
 COUNT = "fault/logprob_gap"
 # Half-updated weights were 5 and more off where we have seen them; engines of one precision agree to 1e-4 and 6e-2 on
 # small models, and the largest difference of a million tokens is far above the mean.
-AUTO_BOUNDS = {"float32": 0.02, "bfloat16": 2.0}
+CURRENT_BOUNDS = {"float32": 0.02, "bfloat16": 2.0}
+# Older weights differ by themselves, by 0.02 in the mean where training is healthy. Tokens that became e times as
+# likely or unlikely on average within `lookahead` steps are no longer a policy's own.
+OLDER_BOUND = 1.0
 
 
-def gap_bound(config: Config) -> float:
-    """Largest |log π_old - log μ| that is no alarm; infinite where there is none."""
+def gap_bounds(config: Config) -> dict[str, float]:
+    """The largest value of each metric that is no alarm; none where the two differ by themselves, or it is off."""
     bound = config.rollout.max_logprob_gap
     if bound != "auto":
-        return float(bound) or math.inf
-    truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
-    return math.inf if truncated or config.algorithm.lookahead else AUTO_BOUNDS[config.learner.dtype]
+        return {f"{GAP}/max": float(bound)} if bound else {}
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        return {}
+    return {f"{GAP}/current_max": CURRENT_BOUNDS[config.learner.dtype], f"{GAP}/mean": OLDER_BOUND}
 
 
 class GapAlarm:
-    """Counts the steps beyond the bound. `text` is what to say of the last step checked: at the 1st, 10th, 100th … one.
+    """Counts the steps beyond a bound. `text` is what to say of the last step checked: at the 1st, 10th, 100th … one.
 
     `history` holds the metrics lines of a run that is resumed.
 
@@ -37,24 +40,30 @@ class GapAlarm:
 
     def __init__(self, config: Config, history: Sequence[Mapping[str, Any]] = ()) -> None:
         training = [line for line in history if not is_evaluation(line)]
-        self.bound, self.dtype = gap_bound(config), config.learner.dtype
+        self.bounds = gap_bounds(config)
         self.count = int(training[-1].get(COUNT) or 0) if training else 0
         self.text = ""
 
     def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The count after a step; a gap that is not finite is beyond every bound."""
         self.text = ""
-        gap = metrics.get(METRIC)
-        if gap is not None and math.isfinite(self.bound) and not gap <= self.bound:
+        # Not `>`: NaN is beyond every bound.
+        beyond = [name for name, bound in self.bounds.items() if name in metrics and not metrics[name] <= bound]
+        if beyond:
             self.count += 1
             if self.count == 10 ** (len(str(self.count)) - 1):
                 self.text = (
-                    f"step {step}: an engine's log-prob is {gap:.3g} from the trainer's, more than {self.bound:g} "
-                    f"(rollout.max_logprob_gap), in {self.count} step{'s' if self.count > 1 else ''} so far. Either "
-                    "a worker's weights are stale or broken, or the engine computes otherwise than the trainer: what "
-                    f"trains is off-policy. Compare rollout.engine=torch; look at weights/held_min and {METRIC}"
+                    f"step {step}: {' and '.join(self._said(name, metrics[name]) for name in beyond)}, in {self.count} "
+                    f"step{'s' if self.count > 1 else ''} so far (rollout.max_logprob_gap). Either a worker's weights "
+                    "are stale or broken, or the engine computes otherwise than the trainer: what trains is "
+                    "off-policy. Compare rollout.engine=torch; look at weights/held_min"
                 )
         return {COUNT: float(self.count)}
+
+    def _said(self, name: str, value: float) -> str:
+        return (
+            f"{name}, how far an engine's log-probs are from the trainer's, is {value:.3g}, above {self.bounds[name]:g}"
+        )
 
 
 def weight_metrics(held: Mapping[str, int]) -> dict[str, float]:

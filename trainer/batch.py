@@ -113,19 +113,19 @@ def _rows(group: Group, config: Config) -> list[Row]:
 
 def _row(group: Group, scored: ScoredCompletion, advantage: float, share: float, config: Config) -> Row:
     completion, limit = scored.completion, config.rollout.max_response_tokens
-    tokens = completion.tokens
-    truncated = completion.finish == "length" or len(tokens) > limit
+    truncated = completion.finish == "length" or completion.num_tokens > limit
     source = SOURCES.index(completion.key.source)
     dropped_negative = config.correction.explorer_negatives == "drop" and source == 0 and advantage < 0
     leaves = dropped_negative or (config.loss.overlong == "mask" and truncated)
     return Row(
         prompt_ids=group.prompt.token_ids,
-        tokens=tokens[:limit],
+        tokens=completion.tokens[:limit],
         logprobs=completion.logprobs[:limit],
         advantage=advantage,
         source=source,
         explorer_share=share,
         in_loss=not leaves,
+        current=completion.key.source is Source.LEARNER and completion.version == group.step - 1,
     )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -17,7 +17,8 @@ from core.batchcheck import position_problems
 from core.config import Config
 from core.configcheck import EMBEDDED, check_config, check_paths, explorer_needed
 from core.configkeys import ConfigError
-from core.rewards import BUILT_IN
+from core.datasets import column_names
+from core.rewards import BUILT_IN, require_columns
 from core.scoring import RewardPool
 from rollout.engine import engine_kind
 from rollout.torch_weights import read_shape
@@ -161,6 +162,17 @@ def _check_positions(config: Config, configs: dict[str, PretrainedConfig], place
 
 
 def _check_reward(config: Config) -> None:
-    """Import a user's function as the run will: in a scoring process, whose module this process never sees."""
-    if config.reward.function not in BUILT_IN:
-        RewardPool(config.reward.function, workers=1, timeout_s=1.0, on_score=lambda ticket, outcome: None).close()
+    """Import a user's function as the run will: in a scoring process, whose module this process never sees. All data
+    must have the columns that it requires."""
+    function = config.reward.function
+    if function in BUILT_IN:
+        return
+    with RewardPool(function, workers=1, timeout_s=1.0, on_score=lambda ticket, outcome: None) as pool:
+        needs = pool.needs
+    sets: list[Literal["train", "eval"]] = ["train", "eval"] if config.data.eval else ["train"]
+
+    def check_columns(which: Literal["train", "eval"]) -> None:
+        require_columns(function, needs, column_names(config.data, which), f"data.{which}")
+
+    if needs:
+        _raise_all([partial(check_columns, which) for which in sets])

@@ -34,11 +34,12 @@ def run(command: Command) -> int:
     """Train, or say what would be trained. Ends that have a name are a line, not a stack trace."""
     # Imported late: torch and transformers take seconds, a typo should not. Imports leave no garbage: a fifth faster.
     gc.disable()
-    from rollout.mixer import NothingToTrain, Starved
+    from rollout.mixer import NothingToTrain
+    from rollout.patience import Starved
     from rollout.pool import WorkersLost
+    from trainer.dry_run import dry_run
     from trainer.learner import NonFiniteUpdatesError
     from trainer.loop import train
-    from trainer.session import dry_run
 
     gc.enable()
     if command.dry_run:

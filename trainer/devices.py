@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from core.config import Config
@@ -38,6 +39,13 @@ class Devices(NamedTuple):
             return None
         others = () if self.shared is None or self.shared in blocks[index] else (self.shared,)
         return visible_devices([*blocks[index], *others], self.inherited)
+
+    def for_workers(self, config: Config) -> Config:
+        """The configuration with what one engine may fill of a GPU, which workers are told."""
+        if not self.placement.gpus:
+            return config
+        rollout = msgspec.structs.replace(config.rollout, memory_share=self.placement.memory_share)
+        return msgspec.structs.replace(config, rollout=rollout)
 
 
 def take_gpus(config: Config) -> Devices:

@@ -79,7 +79,7 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
             metrics[f"eval/pass@{k}"], metrics[f"eval/stderr/pass@{k}"] = estimate
     metrics["eval/reward"] = float(np.mean([one.reward for one in scored]))
     metrics["eval/graded_ratio"] = float(np.mean([one.reward not in PLAIN_REWARDS for one in scored]))
-    metrics["eval/mean_length"] = float(np.mean([len(one.completion.tokens) for one in scored]))
+    metrics["eval/mean_length"] = float(np.mean([one.completion.num_tokens for one in scored]))
     metrics["eval/truncated_ratio"] = float(np.mean([one.completion.finish == "length" for one in scored]))
     metrics["eval/unique_trace_ratio"] = float(np.mean([len({one.text for one in row}) / len(row) for row in answered]))
     return metrics

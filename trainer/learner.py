@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.allocator import keep_freed_memory
 from core.config import Config
 from rollout.store import rollout_file
 from trainer.backend import make_backend, read_model
@@ -89,7 +90,8 @@ class Learner:
         correction scores π_ω. ValueError for missing directories, weights that do not fit, or ranks that differ.
         """
         torch.manual_seed(config.run.seed)
-
+        if world.device.type == "cpu":
+            keep_freed_memory()
         start, state = checkpoint or model_dir, checkpoint and checkpoint / "trainer"
         adapted = config.learner.lora_rank > 0
         model = read_model(model_dir if adapted else start, config.learner, world, "learner.model")
@@ -228,10 +230,7 @@ class Learner:
             loss += outcome.loss.detach()
             sums += measured
             maxima = torch.maximum(maxima, highest)
-        added = torch.cat([loss, sums.flatten()])
-        self.world.sum_(added)
-        self.world.max_(maxima)
-        return _to_host(added, maxima)
+        return _to_host(self.world.gathered(torch.cat([loss, sums.flatten(), maxima.flatten()])))
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped_updates += 1
@@ -244,7 +243,9 @@ class Learner:
             )
 
 
-def _to_host(added: Tensor, maxima: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
-    values = torch.cat([added, maxima.flatten()]).cpu().numpy()
-    size = len(added)
-    return float(values[0]), values[1:size].reshape(2, len(SUMS)), values[size:].reshape(2, len(MAXIMA))
+def _to_host(measured_NK: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """Loss and sums added up over N ranks, in their order, and the maxima of all."""
+    values_NK = measured_NK.cpu().numpy()
+    size = 1 + 2 * len(SUMS)
+    added_K, maxima_K = values_NK[:, :size].sum(0), values_NK[:, size:].max(0)
+    return float(added_K[0]), added_K[1:].reshape(2, len(SUMS)), maxima_K.reshape(2, len(MAXIMA))

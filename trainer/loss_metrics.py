@@ -38,8 +38,9 @@ SUMS = (
     "k1",
     "k3",
     "gap",  # |log π − log μ|
+    "current",  # sampled by π_old's own weights
 )
-MAXIMA = ("ratio", "gap")
+MAXIMA = ("ratio", "gap", "current_gap")
 
 
 def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Correction) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,7 @@ def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Cor
     if scores.ref_T is not None:
         has_kl_T = live_T if scores.kl_weight_T is None else live_T & (scores.kl_weight_T != 0)
     ratio_T = torch.where(live_T, outcome.metrics["ratio"], 0)
+    gap_T, current_T = (policy_T - batch.sampler_T).abs(), batch.current_T != 0
     columns = {
         "tokens": torch.ones_like(policy_T),
         "live": live_T,
@@ -76,7 +78,9 @@ def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Cor
         "importance_squared": (2 * d_T).exp(),
         "k1": -d_T,
         "k3": d_T.expm1() - d_T,
-        "gap": (policy_T - batch.sampler_T).abs(),
+        "gap": gap_T,
+        "current": current_T,
+        "current_gap": torch.where(current_T, gap_T, 0),
     }
     values_KT = torch.stack([columns[name].double() for name in SUMS])
     maxima_MT = torch.stack([columns[name].double() for name in MAXIMA])
@@ -136,10 +140,11 @@ class Tally:
         gap = dict(zip(SUMS, sums[learner]))
         if not gap["tokens"] or _renormalised(self.config, Source.LEARNER):
             return {}
-        return {
-            "sampling/sampling_logp_difference/mean": _mean(gap["gap"], gap["tokens"]),
-            "sampling/sampling_logp_difference/max": float(maxima[learner, MAXIMA.index("gap")]),
-        }
+        highest = dict(zip(MAXIMA, maxima[learner]))
+        found = {"mean": _mean(gap["gap"], gap["tokens"]), "max": float(highest["gap"])}
+        if gap["current"]:
+            found["current_max"] = float(highest["current_gap"])
+        return {f"sampling/sampling_logp_difference/{name}": value for name, value in found.items()}
 
 
 def overall_metrics(sums_SK: np.ndarray) -> dict[str, float]:

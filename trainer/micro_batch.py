@@ -30,6 +30,7 @@ class Row(NamedTuple):
     source: int  # position in SOURCES, or NO_SOURCE for a row that only fills a rank's place
     explorer_share: float  # G_w / G of its group
     in_loss: bool
+    current: bool  # π_old sampled all of it: its weights are those of the step's start
 
     @property
     def length(self) -> int:
@@ -64,6 +65,7 @@ class MicroBatch:
     sampler_T: Tensor  # float32: log μ
     explorer_share_T: Tensor  # float32
     token_weight_T: Tensor  # float32: the factor of the token in the update's loss (`token_weights`)
+    current_T: Tensor  # float32: 1 where π_old sampled the token, 0 where older weights or an explorer did
 
     def to(self, device: torch.device) -> Self:
         """The same micro-batch with its tensors on `device`."""
@@ -108,6 +110,7 @@ def make_micro_batch(
         sampler_T=torch.from_numpy(np.concatenate([row.logprobs for row in rows]).astype(np.float32)),
         explorer_share_T=per_token([row.explorer_share for row in rows], torch.float32),
         token_weight_T=per_token([weight for _, weight in weighted_rows], torch.float32),
+        current_T=per_token([row.current for row in rows], torch.float32),
     )
 
 

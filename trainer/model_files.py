@@ -6,36 +6,32 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from rollout.fingerprint import TOKENIZER_FILES
+from rollout.torch_weights import AGAIN, read_object, weight_files
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-AGAIN = "download the model again"
+CONFIG = "config.json"
 _SIZE_BYTES = 8  # a safetensors file begins with its header's length, little-endian
 
 
 def check_model_files(directory: Path, key: str) -> None:
     """Raise ValueError, naming the setting `key`, unless weights, configuration and tokenizer are there and whole."""
     read_config(directory, key)
+    files = weight_files(directory, named=_named(directory, key))
     try:
-        files = _weight_files(directory)
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
-            raise ValueError(f"{missing[0]}{more} missing ({len(missing)} of {len(files)} files): {AGAIN}")
         for file in files:
             _check_size(file)
         if not any((directory / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"no tokenizer there (none of {', '.join(TOKENIZER_FILES)}): {AGAIN}")
     except (ValueError, OSError) as error:
-        raise ValueError(f'{key} = "{directory}": {error}') from error
+        raise ValueError(f"{_named(directory, key)}: {error}") from error
 
 
 def read_config(directory: Path, key: str) -> PretrainedConfig:
     """The directory's configuration; ValueError, naming the setting `key`, where there is none that is valid."""
-    where = f'{key} = "{directory}"'
+    where = _named(directory, key)
     file = directory / CONFIG
     if not file.is_file():
         raise ValueError(f"{where}: no Hugging Face model directory there (no {CONFIG}): {AGAIN}")
-    content = _read_json(file, where)
+    content = read_object(file, where)
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers has classes of its own for what a configuration can be wrong about
@@ -48,16 +44,8 @@ def read_config(directory: Path, key: str) -> PretrainedConfig:
         raise ValueError(f"{where}: {CONFIG} cannot be used ({text}): {remedy}") from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / INDEX
-    if not index.is_file():
-        raise ValueError(f"no weights there (neither {WEIGHTS} nor {INDEX}): {AGAIN}, with its safetensors files")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{INDEX} has no weight_map that names files: {AGAIN}")
-    return [directory / name for name in sorted(set(weight_map.values()))]
+def _named(directory: Path, key: str) -> str:
+    return f'{key} = "{directory}"'
 
 
 def _check_size(file: Path) -> None:
@@ -74,14 +62,3 @@ def _check_size(file: Path) -> None:
         raise ValueError(f"{file.name} has no readable safetensors header ({found:,} bytes): {AGAIN}") from None
     if expected != found:
         raise ValueError(f"{file.name} has {found:,} bytes and its header says {expected:,}: {AGAIN}")
-
-
-def _read_json(file: Path, where: str = "") -> dict[str, object]:
-    prefix = f"{where}: " if where else ""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{prefix}{file.name} is not JSON ({error}): {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{prefix}{file.name} holds no JSON object: {AGAIN}")
-    return content

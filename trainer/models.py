@@ -18,7 +18,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kernels.ops import linear_logprob
-from trainer.model_files import AGAIN, read_config
+from rollout.torch_weights import AGAIN
+from trainer.model_files import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS = 8

@@ -34,16 +34,37 @@ def pack_rows(rows: Sequence[Extent], *, max_tokens: int, ranks: int, share: boo
     longest = max(row.length for row in rows)
     assert longest <= max_tokens, f"a row of {longest} tokens does not fit into {max_tokens}"
     families = [list(members) for _, members in groupby(range(len(rows)), key=lambda i: rows[i].family)]
-    rounds = -(-sum(row.length for row in rows) // (max_tokens * ranks))
-    while (best := _layout(rows, families, 1, max_tokens, rounds, ranks, share=share)) is None:
+    costs = _Costs(rows, share=share)
+    rounds = -(-sum(costs.length) // (max_tokens * ranks))
+    while (best := _layout(costs, families, 1, max_tokens, rounds, ranks)) is None:
         rounds += 1
     size = 1
     while share and size < max(map(len, families)):
         size *= 2
-        layout = _layout(rows, families, size, max_tokens, rounds, ranks, share=True)
+        layout = _layout(costs, families, size, max_tokens, rounds, ranks)
         if layout is not None and layout.time <= best.time:
             best = layout
     return best.bins
+
+
+class _Costs:
+    """Of a forward and backward pass over neighbours. With `share`, each but the first of a family does without its
+    prompt."""
+
+    def __init__(self, rows: Sequence[Extent], *, share: bool) -> None:
+        self.length = [row.length for row in rows]
+        self._alone = [_cost(row.length) for row in rows]
+        self._spared = [_cost(row.prompt) if share and row.family is not None else 0.0 for row in rows]
+        self._family = [row.family for row in rows]
+
+    def of(self, members: Iterable[int]) -> float:
+        """In tokens of a short row."""
+        total, before = 0.0, None
+        for i in members:
+            family = self._family[i]
+            total += self._alone[i] - (self._spared[i] if family == before else 0.0)
+            before = family
+        return total
 
 
 class _Unit(NamedTuple):
@@ -60,52 +81,34 @@ class _Layout(NamedTuple):
 
 
 def _layout(
-    rows: Sequence[Extent],
-    families: Sequence[list[int]],
-    size: int,
-    max_tokens: int,
-    rounds: int,
-    ranks: int,
-    *,
-    share: bool,
+    costs: _Costs, families: Sequence[list[int]], size: int, max_tokens: int, rounds: int, ranks: int
 ) -> _Layout | None:
     """None where units of `size` rows do not fit into so many rounds."""
-
-    def cost(members: Sequence[int]) -> float:
-        return _shared_cost(rows, members) if share else sum(_cost(rows[i].length) for i in members)
-
-    pieces = [piece for members in families for piece in _pieces(rows, members, size, max_tokens)]
-    units = [_Unit(piece, sum(rows[i].length for i in piece), cost(piece)) for piece in pieces]
+    units = [unit for members in families for unit in _units(costs, members, size, max_tokens)]
     units.sort(key=lambda unit: -unit.cost)  # stable: equal units keep their order
     filled = _fill(units, rounds * ranks, max_tokens)
     if filled is None:
         return None
-    bins = sorted((sorted(row for unit in members for row in unit.rows) for members in filled), key=cost, reverse=True)
-    return _Layout(sum(map(cost, bins[::ranks])), bins)
+    bins = [sorted(row for unit in members for row in unit.rows) for members in filled]
+    priced = sorted(((costs.of(members), members) for members in bins), key=lambda pair: pair[0], reverse=True)
+    return _Layout(sum(cost for cost, _ in priced[::ranks]), [members for _, members in priced])
 
 
-def _pieces(rows: Sequence[Extent], members: Iterable[int], size: int, max_tokens: int) -> Iterator[list[int]]:
+def _units(costs: _Costs, members: Iterable[int], size: int, max_tokens: int) -> Iterator[_Unit]:
     """Neighbours by at most `size` rows and `max_tokens` tokens."""
     piece: list[int] = []
+    tokens = 0
     for row in members:
-        if len(piece) == size or sum(rows[i].length for i in [*piece, row]) > max_tokens:
-            yield piece
-            piece = []
+        if len(piece) == size or tokens + costs.length[row] > max_tokens:
+            yield _Unit(piece, tokens, costs.of(piece))
+            piece, tokens = [], 0
         piece.append(row)
-    yield piece
+        tokens += costs.length[row]
+    yield _Unit(piece, tokens, costs.of(piece))
 
 
 def _cost(length: int) -> float:
     return length + length**2 / QUADRATIC_TOKENS
-
-
-def _shared_cost(rows: Sequence[Extent], members: Iterable[int]) -> float:
-    """Of neighbours of one family, all but the first do without their prompt."""
-    total, before = 0.0, None
-    for row in (rows[i] for i in members):
-        total += _cost(row.length) - (_cost(row.prompt) if before is not None and row.family == before else 0.0)
-        before = row.family
-    return total
 
 
 def _fill(order: Sequence[_Unit], num_bins: int, max_tokens: int) -> list[list[_Unit]] | None:

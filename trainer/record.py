@@ -60,7 +60,7 @@ class Recorder:
         """A step trained: its line, which is returned as it was written, its rows and its spans."""
         groups = [group for part in parts for group in part.groups]
         seconds = time.monotonic() - self._began_s
-        tokens = sum(min(len(row.completion.tokens), self._limit) for group in groups for row in group.rows)
+        tokens = sum(min(row.completion.num_tokens, self._limit) for group in groups for row in group.rows)
         self._total_tokens += tokens
         throughput = {"step_time": seconds, "num_tokens": self._total_tokens, "tokens_per_second": tokens / seconds}
         waited = wait_shares(parts)

@@ -23,12 +23,19 @@ FREE_KEYS = (
     "stream.", "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "placement.", "reward.workers",
     "reward.timeout_s", "evaluation.", "checkpoint.",
 )  # fmt: skip
+# And what it may change where memory ran out: the same updates, added up in another order.
+ROUNDING_KEYS = (
+    "learner.micro_batch_tokens", "learner.micro_batch_rows", "learner.share_prompts", "learner.skip_zero_gradient",
+    "learner.sequence_parallel", "learner.gradient_checkpointing", "learner.recompute", "learner.backend",
+    "learner.zero_stage", "learner.offload", "learner.liger", "learner.kernels", "rollout.tensor_parallel",
+)  # fmt: skip
 
 
 class RunDirectory:
     """Opens `config.run.dir`, refusing what would lose or mix results.
 
-    Attributes: path; run_id, equal over all starts of a run; incarnation, 1 for the first start and counting.
+    Attributes: path; run_id, equal over all starts of a run; incarnation, 1 for the first start and counting; notes,
+    lines about settings that a resumed run changes.
     """
 
     def __init__(self, config: Config, *, resume: bool, clean: bool) -> None:
@@ -45,7 +52,7 @@ class RunDirectory:
             raise
 
     def _claim(self, config: Config, *, resume: bool, clean: bool) -> None:
-        check_directory(config, resume=resume, clean=clean)
+        self.notes = check_directory(config, resume=resume, clean=clean)
         if not resume:
             empty(self.path)
         self.run_id, self.incarnation = self._identity()
@@ -67,8 +74,8 @@ class RunDirectory:
         os.close(self._lock)
 
 
-def check_directory(config: Config, *, resume: bool, clean: bool) -> None:
-    """Raise ConfigError where a run cannot have `config.run.dir`; changes nothing."""
+def check_directory(config: Config, *, resume: bool, clean: bool) -> list[str]:
+    """Raise ConfigError where a run cannot have `config.run.dir`; changes nothing. What a resume changes."""
     path = Path(config.run.dir).resolve()
     if resume and not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"--resume: {path} holds no run; start it without --resume")
@@ -78,17 +85,18 @@ def check_directory(config: Config, *, resume: bool, clean: bool) -> None:
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(_not_writable(path, f"no permission to write in {above}"))
     if above != path:
-        return
+        return []
     holds_run = (path / CONFIG_FILE).exists()
     foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_FILE)
     if foreign and not holds_run:
         raise ConfigError(f"run.dir: {path} holds other files ({', '.join(foreign[:3])} …); choose another")
     if resume:
-        refuse_changes(json.loads((path / CONFIG_FILE).read_text()), config)
-    elif holds_run and not clean and not came_to_nothing(path):
+        return accept_changes(json.loads((path / CONFIG_FILE).read_text()), config)
+    if holds_run and not clean and not came_to_nothing(path):
         raise ConfigError(
             f"run.dir: {path} already holds a run; continue it with --resume, delete it with --clean, or choose another"
         )
+    return []
 
 
 def _not_writable(path: Path, why: str | None) -> str:
@@ -128,18 +136,21 @@ def empty(path: Path) -> None:
             entry.unlink()
 
 
-def refuse_changes(saved: dict[str, Any], config: Config) -> None:
-    """Raise unless a resumed run asks for the computation that was started."""
+def accept_changes(saved: dict[str, Any], config: Config) -> list[str]:
+    """What a resumed run says of its changed settings. ConfigError unless it is the computation that was started."""
     before, now = flatten(saved), flatten(msgspec.to_builtins(config))
-    changed = [
-        f"  {name}: {before.get(name)!r} → {now.get(name)!r}"
+    changed = {
+        name: f"{name}: {before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(FREE_KEYS)
-    ]
-    if changed:
+    }
+    if other := [f"  {text}" for name, text in changed.items() if name not in ROUNDING_KEYS]:
         raise ConfigError(
-            "\n".join(["--resume: these settings differ from the run's; restore them or start a new run:", *changed])
+            "\n".join(["--resume: these settings differ from the run's; restore them or start a new run:", *other])
         )
+    if not changed:
+        return []
+    return [f"--resume: the same updates from here on, but for rounding: {', '.join(changed.values())}"]
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,32 +8,30 @@ from typing import Self
 
 import torch
 
-from core.configcheck import EMBEDDED
 from core.configfile import Command
 from core.confighelp import explain
 from core.configkeys import ConfigError
-from core.datasets import load_questions
 from core.metrics import read_metrics
-from rollout.mixer import Starved
+from rollout.patience import Starved
 from rollout.pool import WorkersLost
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
 from trainer.checkpoint import newest_checkpoint
 from trainer.checks import Place, check_start
 from trainer.console import Console
-from trainer.devices import find_placement, memory_report, take_gpus
+from trainer.devices import memory_report, take_gpus
 from trainer.evaluate import summarise
 from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
 from trainer.published import open_weights
 from trainer.record import Recorder
 from trainer.replay import compare, open_stream, recorded_part
-from trainer.run_directory import RunDirectory, check_directory
+from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
 from trainer.updates import Updates
-from trainer.world import World, find_rank
+from trainer.world import World
 
 
 class Session:
@@ -172,7 +170,7 @@ class Session:
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
         """Rank 0: open the files it writes and start the workers; a replay has none."""
         step, materials = self.learner.step, self.materials
-        for line in materials.report:
+        for line in (*materials.report, *directory.notes):
             console.say(line)
         if self.command.resume:
             console.say(
@@ -199,13 +197,16 @@ class Session:
             console.say(f"explorer.store: {len(rollouts.reuse.store):,} completions on record")
         if checkpoint is not None:
             rollouts.restore(checkpoint / "trainer", step)
+        rollouts.start(step)
         return rollouts
 
     def _waiting(self, what: str, seconds: float) -> None:
         assert self.recorder is not None
         alive(self.config.stream.starvation_s)
         self.recorder.console.waiting(what, seconds)
-        if not self.stream.within_step:  # half a step is not worth a checkpoint
+        if self.stream.within_step:  # half a step cannot be checkpointed
+            SIGNALS.give_up(self.config.checkpoint.grace_s)
+        else:
             SIGNALS.check()
 
     def _evaluation_due(self, step: int) -> bool:
@@ -227,24 +228,3 @@ class Session:
         """The completions of the step that the run ends in; those of a step that trained are written as it ends."""
         if self.recorder is not None:
             write_rollouts(self.path, self.learner.step + 1, self.updates.groups)
-
-
-def dry_run(command: Command) -> list[str]:
-    """Check what a run would, read its models' files and its data, and say what was found; nothing is made, started or
-    written. Other ranks than the first say nothing."""
-    try:
-        config = recorded_part(command.config, command.replay)
-        rank, size, device = find_rank(config.run.device, line_size=config.learner.sequence_parallel)
-        if rank:
-            return []
-        placement = find_placement(config)
-        check_start(config, Place(rank, size, device, generates=command.replay is None))
-        check_directory(config, resume=command.resume, clean=command.clean)
-        said = [*explain(config), placement.line()]
-        if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):
-            return [*said, *load_questions(config.data, "train", config.run.seed).report]
-        materials = load_materials(config, World(rank=0, size=1, device=device), Console(config))
-        memory = memory_report(config, placement, materials.learner_dir, materials.explorer_dir, ranks=size)
-        return [*said, *memory, *materials.report]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

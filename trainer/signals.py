@@ -1,7 +1,8 @@
 """What signals do to the trainer, and stacks when nothing moves.
 
-SIGTERM, Ctrl-C   a run that trains stops before its next step, with a checkpoint (exit code 143, 130); one that is
-                  being set up, or is asked again, stops at once, whatever its main thread is busy with
+SIGTERM, Ctrl-C   a run that trains stops before its next step, with a checkpoint (exit code 143, 130), or without one
+                  where the step does not end within checkpoint.grace_s; one that is being set up, or is asked again,
+                  stops at once, whatever its main thread is busy with
 SIGUSR1           the stacks of all threads go to the error stream, and those of every worker to its log
 
 A launcher that dies asks as SIGTERM does, so that no rank outlives torchrun.
@@ -75,6 +76,12 @@ class Signals:
         """Raise Stopped where a signal asked for it."""
         if self.asked:
             raise Stopped(self.asked, between_steps=True)
+
+    def give_up(self, grace_s: float) -> None:
+        """Within a step: raise Stopped where a signal asked for it `grace_s` seconds ago or earlier."""
+        if self.asked and time.monotonic() - self._asked_s >= grace_s:
+            _say(f"the step did not end within {grace_s:g} s (checkpoint.grace_s): stopping without a checkpoint of it")
+            raise Stopped(self.asked, between_steps=False)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in STOPPING and not self._training:

@@ -35,7 +35,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int, *, limit: in
         "off_policy/mixed_versions": np.mean([bool(row.completion.spans) for row in rows]) if rows else 0.0,
         "off_policy/staleness_max": max((staleness(row, step) for row in rows), default=0),
     }
-    lengths = np.array([len(row.completion.tokens) for row in rows])
+    lengths = np.array([row.completion.num_tokens for row in rows])
     metrics |= {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -47,7 +47,7 @@ def group_metrics(groups: Sequence[Group], quota: Quota, step: int, *, limit: in
         metrics[f"{source}/rows"] = len(own)
         if own:
             metrics[f"{source}/reward"] = np.mean([row.reward for row in own])
-            metrics[f"{source}/length"] = np.mean([len(row.completion.tokens) for row in own])
+            metrics[f"{source}/length"] = np.mean([row.completion.num_tokens for row in own])
             metrics[f"{source}/truncated"] = truncated(own, limit)
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
 
@@ -82,4 +82,4 @@ def staleness(row: ScoredCompletion, step: int) -> int:
 
 def truncated(rows: Sequence[ScoredCompletion], limit: int) -> float:
     """Share of completions that were cut by their own length limit, or are by that of training."""
-    return sum(row.completion.finish == "length" or len(row.completion.tokens) > limit for row in rows) / len(rows)
+    return sum(row.completion.finish == "length" or row.completion.num_tokens > limit for row in rows) / len(rows)

@@ -15,10 +15,11 @@ from rollout.completion_store import CompletionStore
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
+from rollout.mixer import Mixer
 from rollout.pool import WorkerPool
 from rollout.reuse import Reuse, store_identity
 from rollout.roster import RoleTerms
-from rollout.shared_ids import SharedIdsMixer, id_bounds
+from rollout.shared_ids import unknown_tokens
 from rollout.timetable import Timetable
 from trainer.devices import Devices
 from trainer.learner import Learner
@@ -30,6 +31,7 @@ from trainer.weight_buffers import WeightBuffers
 from trainer.world import World
 
 NO_GPUS = Devices()
+_Part = tuple[tuple[Group, ...], bool]  # groups, and whether they are the step's last
 
 
 class Rollouts:
@@ -48,12 +50,12 @@ class Rollouts:
         devices: Devices = NO_GPUS,
         weights: PublishedWeights | WeightBuffers,
     ) -> None:
-        self.devices, self.weights = devices, weights
+        self.devices, self.weights, self.incarnation = devices, weights, directory.incarnation
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
-            _share_memory(config, devices.placement.memory_share) if devices.placement.gpus else config,
+            devices.for_workers(config),
             run_id=directory.run_id,
             incarnation=directory.incarnation,
             terms=terms,
@@ -68,21 +70,27 @@ class Rollouts:
             store = CompletionStore(Path(config.explorer.store), identity)
             self.reuse = Reuse(store, demand, on_missing=self._start_explorers)
         try:
-            self.mixer = SharedIdsMixer(
+            self.mixer = Mixer(
                 config, demand, self.pool, self.buffer, self.ledger, decode=decode, on_wait=on_wait, on_event=on_event,
                 reward_log=directory.path / "logs" / "reward.log", reuse=self.reuse,
-                id_bounds=id_bounds(config, {source: role.vocab_size for source, role in terms.items()}),
+                why_unfit=unknown_tokens(config, {source: role.vocab_size for source, role in terms.items()}),
             )  # fmt: skip
         except BaseException:  # such as a reward function that cannot be used
             self.pool.close("the trainer did not start")
             raise
-        steps = demand.explorer_steps
-        if steps and (self.reuse is None or not self.reuse.complete(steps)):
+
+    def start(self, after: int) -> None:
+        """Start the workers for the steps after `after`: 0, or the one that was restored. No explorer where none of
+        these steps owes it anything; under handover such a process begins where it would end, among the learner's."""
+        left = [step for step in self.demand.explorer_steps if step > after]
+        if left and (self.reuse is None or not self.reuse.complete(left)):
             self._start_explorers()
-        self.timetable = Timetable(config, demand.quota)
-        for index in range(config.rollout.processes):
+        elif 0 < self.demand.last_explorer_step <= after and self.config.rollout.roles == "handover":
+            self._start_explorers(Source.LEARNER)
+        self.timetable = Timetable(self.config, self.demand.quota, after)
+        for index in range(self.config.rollout.processes):
             first = self.timetable.first_role(index) if self._explorers_started else None
-            self.pool.spawn(Source.LEARNER, index, devices.of_worker(Source.LEARNER, index), first)
+            self.pool.spawn(Source.LEARNER, index, self.devices.of_worker(Source.LEARNER, index), first)
 
     def request(self, step: int) -> None:
         """Ask for the completions of `step`; processes that it needs as learner workers stop exploring."""
@@ -95,15 +103,17 @@ class Rollouts:
         file, digest = self.weights.write(learner.step, learner.write_weights)
         self.pool.publish_weights(learner.step, file, digest, shared=isinstance(self.weights, WeightBuffers))
 
-    def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
-        """Groups of `step`, as `Mixer.collect` gives them. Once nothing is wanted of the explorers any more, they may
-        be handed over."""
+    def collect(self, step: int, first: int, prompts: int | None) -> _Part:
+        """Groups of `step`, as `Mixer.collect` gives them, and whether they are its last. Once nothing is wanted of the
+        explorers any more, they may be handed over. Raises Stopped where a signal came checkpoint.grace_s ago."""
+        if first:
+            SIGNALS.give_up(self.config.checkpoint.grace_s)
         groups = self.mixer.collect(step, first=first, prompts=prompts)
         hands_over = self.config.rollout.roles == "handover" and self._explorers_started
         if hands_over and not self._handed_over and self.mixer.explorer_is_done(step):
             self._handed_over = True
             self.pool.hand_over()
-        return groups
+        return groups, self.buffer.trained_step >= step
 
     def save(self, directory: Path) -> None:
         """Write what arrived and did not train yet, and the accounts, for a checkpoint."""
@@ -128,6 +138,7 @@ class Rollouts:
         """Gauges of the stream for a training line."""
         resident = self.buffer.resident()
         return {
+            "run/start": float(self.incarnation),
             "buffer/resident": float(sum(resident.values())),
             "buffer/bytes": float(self.buffer.num_bytes),
             **{name: float(value) for name, value in self.ledger.totals().items()},
@@ -153,21 +164,16 @@ class Rollouts:
         with self.buffer.still():
             return self.buffer.state(), self.ledger.report(sources, self.buffer.resident())
 
-    def _start_explorers(self) -> None:
+    def _start_explorers(self, first: Source | None = None) -> None:
         """The first time something must be generated: a run whose completions are all on record starts none."""
         if not self._explorers_started:
             self._explorers_started = True
             for index in range(self.config.explorer.processes):
-                self.pool.spawn(Source.EXPLORER, index, self.devices.of_worker(Source.EXPLORER, index))
+                self.pool.spawn(Source.EXPLORER, index, self.devices.of_worker(Source.EXPLORER, index), first)
 
     def _may_grant(self, lease: Lease) -> bool:
         """Work ahead of the trainer waits while the buffer is full; what the trainer waits for never does."""
         return lease.purpose == "eval" or lease.step <= self.mixer.wanted_step or self.buffer.has_room(lease.max_bytes)
-
-
-def _share_memory(config: Config, share: float) -> Config:
-    """The configuration with what one engine may fill of a GPU, which workers are told."""
-    return msgspec.structs.replace(config, rollout=msgspec.structs.replace(config.rollout, memory_share=share))
 
 
 class GroupStream:
@@ -191,24 +197,22 @@ class GroupStream:
         """The groups of `step`, each with exactly its quota, in prompt order: all at once, or by `prompts`, each part
         as soon as it is complete.
 
-        Raises Stopped, on every rank, where a signal asked before the first part; later the step ends first.
+        Raises Stopped, on every rank, where a signal asked before the first part; later the step ends first, if it does
+        so within checkpoint.grace_s.
         """
-        first = 0
-        with self.stages("wait"):
-            if asked := self.world.highest(SIGNALS.asked):
-                raise Stopped(asked, between_steps=True)
-            groups = self._collect(step, first, prompts)
-        self.within_step = True
-        while groups:
-            yield groups
-            if prompts is None or len(groups) < prompts:
-                break
-            first = groups[-1].slot + 1
+        first, last = 0, False
+        while not last:
             with self.stages("wait"):
-                groups = self._collect(step, first, prompts)
+                if not first and (asked := self.world.highest(SIGNALS.asked)):
+                    raise Stopped(asked, between_steps=True)
+                groups, last = self._collect(step, first, prompts)
+            self.within_step = True
+            if groups:
+                yield groups
+                first = groups[-1].slot + 1
         self.within_step = False
 
-    def _collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+    def _collect(self, step: int, first: int, prompts: int | None) -> _Part:
         """Rank 0's groups, on every rank. No bytes: a signal ended its wait."""
         if self.world.size == 1:
             assert self.rollouts is not None
@@ -221,8 +225,8 @@ class GroupStream:
                 payload = b""
         received = self.world.broadcast_bytes(payload)
         if not received:
-            raise Stopped(SIGNALS.asked or signal.SIGTERM, between_steps=True)
-        return msgspec.msgpack.decode(received, type=tuple[Group, ...])
+            raise Stopped(SIGNALS.asked or signal.SIGTERM, between_steps=not first)
+        return msgspec.msgpack.decode(received, type=_Part)
 
     def publish(self, learner: Learner) -> None:
         """Give the rollout workers the learner's weights."""

@@ -89,11 +89,16 @@ class World:
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace `tensor` by its sum over the ranks, the same bits on every rank."""
-        self._reduce(tensor, dist.ReduceOp.SUM)
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group_of(tensor))
 
-    def max_(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor` by its element-wise maximum over the ranks."""
-        self._reduce(tensor, dist.ReduceOp.MAX)
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[N, …]: `tensor` of every rank, in the ranks' order."""
+        if self.size == 1:
+            return tensor[None]
+        found = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather(list(found), tensor, group=self._group_of(tensor))
+        return found
 
     def agree(self, what: str, value: str) -> None:
         """Raise ValueError on every rank unless all ranks hold the same `value`; `what` names it in the message."""
@@ -130,11 +135,8 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        if self.size > 1:
-            dist.all_reduce(
-                tensor, op=operation, group=None if tensor.device.type == self.device.type else self.control
-            )
+    def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
+        return None if tensor.device.type == self.device.type else self.control
 
 
 def find_rank(device: Literal["auto", "cpu", "cuda"] = "auto", *, line_size: int = 1) -> tuple[int, int, torch.device]:

@@ -199,6 +199,12 @@ def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, 
     parse_command([f"{key}={default}"])
 
 
+def test_cispo_has_no_dual_clip():
+    message = error_of("loss.ratio=cispo", "loss.dual_clip=5")
+    assert 'loss.dual_clip = 5.0 has no effect with loss.ratio = "cispo"' in message
+    parse_command(["loss.ratio=cispo"])
+
+
 def test_the_quota_of_rescue_leaves_no_alpha_to_set():
     message = error_of("algorithm.mixing=rescue", "algorithm.schedule=constant", "algorithm.alpha=0.5")
     assert "algorithm.alpha = 0.5 has no effect" in message
@@ -360,6 +366,8 @@ def test_explain_states_which_batch_is_which():
         "32 prompts x 8 completions = 256 completions per step; 2 optimizer updates of 128, "
         "micro-batches of 8192 tokens" in lines
     )
+    rows = load_config(None, ["learner.micro_batch_rows=16"])
+    assert any("8192 tokens (packed, so learner.micro_batch_rows is not read)" in line for line in explain(rows))
     assert any("owes 5,728 of 20,480 completions (28%), the last at step 39" in line for line in lines)
     assert any("256 problems x 8 completions" in line and "every 20 steps" in line for line in lines)
 

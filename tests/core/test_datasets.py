@@ -9,7 +9,7 @@ import pytest
 
 from core.config import Data
 from core.countdown import problems
-from core.datasets import load_questions, question_uid
+from core.datasets import column_names, load_questions, question_uid
 from core.rewards import RewardItem
 
 
@@ -48,6 +48,19 @@ def test_embedded_countdown():
 
 def test_no_evaluation_set_has_no_questions():
     assert load_questions(Data(eval=""), "eval", 0).questions == ()
+
+
+def test_the_names_of_columns_are_those_that_questions_have(tmp_path):
+    file = write(tmp_path, dapo(["1 + 1?"], ["2"]).append_column("picture", pa.array([b"x"])))
+    names = column_names(Data(train=file), "train")
+    assert names == ["data_source", "ability", "reward_model", "extra_info"]
+    assert names == list(load(file).questions[0].columns)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?", "answer": "3", "level": 1}\n')
+    assert column_names(Data(eval=str(lines)), "eval") == ["answer", "level"]
+    assert column_names(Data(eval=""), "eval") == column_names(Data(), "train") == []
+    with pytest.raises(ValueError, match=r'data.eval = "gone.parquet" does not exist'):
+        column_names(Data(eval="gone.parquet"), "eval")
 
 
 def test_dapo_as_published_with_its_duplicates(tmp_path):

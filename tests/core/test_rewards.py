@@ -106,7 +106,7 @@ def test_required_columns_are_those_without_a_default(user_module):
         """,
     )
     reward = resolve_reward("needing_rewards:some")
-    assert reward.needs == ("answer", "solution", "weight")
+    assert reward.needs == ("solution", "weight")
     require_columns("needing_rewards:some", reward.needs, ["weight", "solution"], "data.train")
     with pytest.raises(ValueError, match=r'"f" requires solution, and data.eval has .* there are: level, weight\.'):
         require_columns("f", reward.needs, ["weight", "level"], "data.eval")

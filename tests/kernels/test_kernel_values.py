@@ -68,13 +68,14 @@ def test_policy_loss_on_given_logprobs(impl, ratio, assert_no_worse):
     anchor = torch.where(values.mask, values.logprob + torch.randn(tokens), torch.nan)
     advantage, pull = torch.randn(tokens), torch.randn(tokens)
     ref = values.logprob + torch.randn(tokens)
+    weights = {"is_weight": 2 * torch.rand(tokens) * (torch.rand(tokens) < 0.9), "kl_weight": torch.rand(tokens)}
     cu_seqlens = torch.tensor([0, 20, 20, 50, 67])
 
     def run(name, dtype):
         logprob = values.logprob.to(dtype, copy=True).requires_grad_()
         loss, metrics = ops.policy_loss(
             logprob, anchor, advantage, impl=name, ref_logprob=ref, kl_coef=0.1, ratio=ratio, cu_seqlens=cu_seqlens,
-            mask=values.mask,
+            mask=values.mask, **weights,
         )  # fmt: skip
         (loss * pull).sum().backward()
         return {"loss": loss.detach(), "gradient": logprob.grad, **metrics}
@@ -149,19 +150,29 @@ def test_a_frozen_head_costs_two_products(impl, head_case, loss_rows, monkeypatc
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_main_grad_receives_the_weight_gradient_in_place(impl, head_case, loss_rows, run_fused):
-    hidden, weight, targets = head_case(37, 40, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [None, [0, 9, 21, 37], [0, 33, 37]], ids=["token", "sequence", "two passes"])
+def test_main_grad_receives_the_weight_gradient_in_place(impl, dtype, bounds, head_case, loss_rows, run_fused):
+    """Twice, to 0.25, where a sum in bfloat16 would lose 5e-4: within float32's rounding of the float64 gradient, or
+    for bfloat16 operands within that of dz, which the interpreter truncates by up to 2^-7."""
+    hidden, weight, targets = head_case(37, 40, dtype=dtype)
     rows = loss_rows(hidden, weight, targets)
-    wanted = run_fused(impl, hidden, weight, targets, rows, chunk_rows=16)
-    main_grad = torch.ones_like(weight)
+    options = {} if bounds is None else {"ratio": "sequence", "cu_seqlens": torch.tensor(bounds)}
+    wanted = run_fused(impl, hidden, weight, targets, rows, chunk_rows=16, **options)
+    truth = run_fused("reference", hidden.double(), weight.double(), targets, rows, **options)
+    main_grad = torch.full(weight.shape, 0.25)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss, *_ = ops.linear_policy_loss(
-        h, w, targets, rows.anchor, rows.advantage, impl=impl, main_grad=main_grad, chunk_rows=16, **rows.options
-    )
-    loss.backward()
+    for _ in range(2):
+        loss, *_ = ops.linear_policy_loss(
+            h, w, targets, rows.anchor, rows.advantage, impl=impl, main_grad=main_grad, chunk_rows=16,
+            **rows.options, **options,
+        )  # fmt: skip
+        loss.backward()
     assert w.grad is None
-    assert torch.equal(h.grad, wanted["d_hidden"])
-    torch.testing.assert_close(main_grad - 1, wanted["d_weight"], atol=1e-6, rtol=0)
+    assert torch.equal(h.grad, 2 * wanted["d_hidden"])
+    exact = truth["d_weight"]
+    slack = (1e-6 if dtype == torch.float32 or impl == "torch" else 2**-7) * float(exact.abs().max())
+    torch.testing.assert_close((main_grad.double() - 0.25) / 2, exact, atol=slack + 1e-7, rtol=0)
 
 
 def test_main_grad_refuses_a_scaled_loss(head_case, loss_rows):

@@ -10,15 +10,18 @@ from kernels import ops
 from kernels.reference import selected_logprob
 
 
-def check_gradient(function, *inputs):
-    """Autograd against central differences in float64, for a function that may run backward only once."""
+def check_gradient(function, *inputs, values=None):
+    """Autograd against central differences in float64, for a function that may run backward only once.
+
+    `values`: what to difference instead, where `function` holds something fixed in its gradient.
+    """
     inputs = [x.clone().requires_grad_() for x in inputs]
     pull = [torch.randn(out.shape, dtype=torch.float64) for out in function(*inputs)]
 
-    def scalar():
-        return sum((out * p).sum() for out, p in zip(function(*inputs), pull))
+    def scalar(of=values or function):
+        return sum((out * p).sum() for out, p in zip(of(*inputs), pull))
 
-    scalar().backward()
+    scalar(function).backward()
     for x in inputs:
         numeric = torch.zeros_like(x).flatten()
         with torch.no_grad():
@@ -108,16 +111,25 @@ def test_finite_differences_of_the_fused_loss(impl, ratio, head_case, loss_rows)
     hidden, weight, targets = head_case(head.tokens, head.vocabulary, width=3)
     hidden = hidden * 0.3
     rows = loss_rows(hidden, weight, targets, dtype=torch.float64)
-    # The detached factor of cispo is no derivative: clipped on both sides of every token it is a constant.
-    clip = {"clip_low": 0.0, "clip_high": 0.0} if ratio == "cispo" else {}
+    temperature, options = 0.8, dict(rows.options)
 
-    def loss(h, w):
+    def loss(h, w, **change):
         return ops.linear_policy_loss(
-            h, w, targets, rows.anchor, rows.advantage, impl=impl, ratio=ratio, entropy_coef=0.1, temperature=0.8,
-            cu_seqlens=torch.tensor([0, 3, 3, 7]), **clip, **rows.options,
+            h, w, targets, rows.anchor, rows.advantage, impl=impl, ratio=ratio, entropy_coef=0.1,
+            temperature=temperature, cu_seqlens=torch.tensor([0, 3, 3, 7]), **{**options, **change},
         )[:1]  # fmt: skip
 
-    check_gradient(loss, hidden, weight)
+    if ratio != "cispo":
+        return check_gradient(loss, hidden, weight)
+    # cispo holds its clipped ratio fixed in the gradient. Clipped at 1 from both sides the ratio is a constant, to
+    # which the weight then gives the value it has here.
+    logprob, _ = selected_logprob(hidden, weight, targets, temperature=temperature)
+    ratios = (logprob - rows.anchor).exp().nan_to_num(1.0)
+    fixed = {"clip_low": 0.0, "clip_high": 0.0, "is_weight": options["is_weight"] * ratios.clamp(0.8, 1.2)}
+    live = options["token_weight"] != 0
+    assert 0 < int(((ratios < 0.8) | (ratios > 1.2))[live].sum()) < int(live.sum())
+    torch.testing.assert_close(loss(hidden, weight)[0], loss(hidden, weight, **fixed)[0])
+    check_gradient(loss, hidden, weight, values=lambda h, w: loss(h, w, **fixed))
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -10,7 +10,3 @@ def by_name(completions, fail, **columns):
     if f"{source}:{sample}" in fail[0].split():
         raise RuntimeError("as the prompt wants it")
     return [float(int(sample) % 2)]
-
-
-def by_solution(completions, solution, level=None):
-    return [1.0]

@@ -22,6 +22,10 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(1,))
 IDENTITY = Identity(model="a" * 64, tokenizer="b" * 64, template="plain", suffix="", sampling=SAMPLING)
 
 
+def no(_: object) -> bool:
+    return False
+
+
 def row(uid: str, number: int, length: int = 3) -> Recorded:
     return Recorded(
         uid, number, np.arange(length, dtype=np.int32), np.linspace(-1, 0, length, dtype=np.float32), "stop"
@@ -172,10 +176,27 @@ def test_only_what_is_missing_is_asked_for_and_whole_leases_are_recorded(tmp_pat
     (short,) = reuse.missing([next(wider.leases(Source.EXPLORER, 1))])
     assert [item.samples for item in short.items] == [(4, 5), (4, 5)]
     assert misses == [1]
-    found = reuse.due(1, lambda size: False)
+    found = reuse.due(1, no, no)
     assert [completion.key.sample for completion in found] == [0, 1, 2, 3] * 2
     assert found[0].tokens.tolist() == [7, 1]
     assert not reuse.complete([1])
+
+
+def test_what_a_checkpoint_brought_back_is_not_read_and_counts_go_on(tmp_path: Path) -> None:
+    asked = demand()
+    lease = next(asked.leases(Source.EXPLORER, 1))
+    first = Reuse(CompletionStore(tmp_path, IDENTITY), asked, on_missing=lambda: None)
+    first.missing([lease])
+    for item in lease.items:
+        for sample in item.samples:
+            first.record(answer(lease, item, sample))
+    first.close()
+    again = Reuse(CompletionStore(tmp_path, IDENTITY), asked, on_missing=lambda: pytest.fail("all is on record"))
+    again.resume(70, 9)
+    assert again.missing([lease]) == []
+    found = again.due(1, no, lambda key: key.slot == lease.items[0].slot and key.sample < 3)
+    assert len(found) == 8 - 3
+    assert again.metrics() == {"store/reused": 75.0, "store/generated": 9.0}
 
 
 def test_later_steps_are_read_only_while_there_is_room(tmp_path: Path) -> None:
@@ -189,8 +210,8 @@ def test_later_steps_are_read_only_while_there_is_room(tmp_path: Path) -> None:
     reuse.close()
     reuse = Reuse(CompletionStore(tmp_path, IDENTITY), asked, on_missing=lambda: pytest.fail("all is on record"))
     assert reuse.missing(list(reversed(leases))) == []
-    assert {completion.key.step for completion in reuse.due(1, lambda size: False)} == {1}
+    assert {completion.key.step for completion in reuse.due(1, no, no)} == {1}
     limit = 5 * 8 * 24  # of the sampling's longest
-    assert len(reuse.due(1, lambda size: size <= limit)) == 5
-    assert len(reuse.due(2, lambda size: False)) == 7
+    assert len(reuse.due(1, lambda size: size <= limit, no)) == 5
+    assert len(reuse.due(2, no, no)) == 7
     assert reuse.reused == 16 + 12

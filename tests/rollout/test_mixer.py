@@ -11,14 +11,14 @@ import pytest
 
 from bench.faults.parts import eventually
 from core.config import Algorithm, Config, Evaluation, Explorer, Reward, Rollout, Run, Stream
-from core.configkeys import ConfigError
 from core.prompts import PromptSchedule
 from core.schema import Completion, CompletionKey, Group, Prompt, Source, pack_logprobs, pack_tokens
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.demand import Demand
 from rollout.ledger import Ledger
 from rollout.messages import Lease
-from rollout.mixer import Mixer, NothingToTrain, Starved
+from rollout.mixer import Mixer, NothingToTrain
+from rollout.patience import Starved
 from rollout.status import Waiting
 
 SOURCES = list(Source)
@@ -81,7 +81,7 @@ class World:
 
     def __init__(
         self, fail: Mapping[str, str], reward_log: Path, *, max_tries: int = 3, starvation_s: float = 60.0,
-        function: str = "by_name",
+        unfit: Sequence[str] = (),
     ) -> None:  # fmt: skip
         prompts = [
             Prompt(uid=f"u{i}", token_ids=(i,), text=f"p{i}", answer="1", columns={"fail": fail.get(f"u{i}", "")})
@@ -93,7 +93,7 @@ class World:
             rollout=Rollout(lease_prompts=2),
             explorer=Explorer(ahead_steps=2),
             stream=Stream(starvation_s=starvation_s),
-            reward=Reward(function=f"mixer_rewards:{function}", max_tries=max_tries),
+            reward=Reward(function="mixer_rewards:by_name", max_tries=max_tries),
             evaluation=Evaluation(samples=3, k=(1,)),
         )
         self.demand = Demand(self.config, PromptSchedule(prompts, seed=0, per_step=4), (1,))
@@ -105,6 +105,7 @@ class World:
         self.mixer = Mixer(
             self.config, self.demand, self.pool, self.buffer, self.ledger, decode=decode,
             on_wait=lambda what, seconds: self.waits.append(what), on_event=self.said.append, reward_log=reward_log,
+            why_unfit=lambda row: "unknown_token" if decode(row.tokens.tolist()) in unfit else None,
         )  # fmt: skip
         self.pool.receive = self.mixer.receive
 
@@ -211,6 +212,24 @@ def test_failed_rewards_are_replaced_by_the_next_samples_of_the_same_source(
     assert report["learner"]["replaced"] == 2
 
 
+def test_completions_that_cannot_train_are_never_scored_and_replaced_as_failed_rewards_are(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world({"u2": "explorer:3"}, unfit=("explorer 1", "learner 0"))
+    for step in (1, 2):
+        world.mixer.request(step)
+        groups = world.collect(step)
+    slot = slot_of(world, 2, "u2")
+    assert names(groups[slot]) == ["explorer:0", "explorer:2", "explorer:4", "learner:1"]
+    assert all(names(group) == ["explorer:0", "explorer:2", "explorer:3", "learner:1"]
+               for group in groups if group.slot != slot)  # fmt: skip
+    report = world.report()
+    assert report["conserved"]
+    assert report["learner"]["dropped"] == {"unknown_token": 4}
+    assert report["learner"]["replaced"] == 4
+    assert report["explorer"]["dropped"]["unknown_token"] >= 8
+
+
 def test_a_prompt_is_dropped_whole_when_its_tries_are_used_up(make_world: Callable[..., World]) -> None:
     fails = " ".join(f"explorer:{sample}" for sample in range(9))
     world = make_world({"u1": fails}, max_tries=2)
@@ -298,18 +317,6 @@ def test_a_step_without_a_single_prompt_ends_the_run_by_name(make_world: Callabl
     [said] = world.said
     assert "raised RuntimeError: as the prompt wants it (mixer_rewards.py:11), first in step " in said
     assert world.reward_log.read_text().count("as the prompt wants it") == 1
-
-
-def test_columns_that_the_reward_function_requires_are_missed_before_anything_is_asked_for(
-    make_world: Callable[..., World],
-) -> None:
-    with pytest.raises(ConfigError, match=r"requires solution, and data.train has no such column.*there are: fail\."):
-        make_world(function="by_solution")
-    world = make_world()
-    strangers = [Prompt(uid="e", token_ids=(1,), text="p", answer="1", columns={"level": 1})]
-    with pytest.raises(ConfigError, match=r"requires fail, and data.eval has no such column.*there are: level\."):
-        world.mixer.evaluate(0, strangers)
-    assert world.pool.leases == []
 
 
 def test_spare_completions_of_rescue_are_counted(make_world: Callable[..., World]) -> None:

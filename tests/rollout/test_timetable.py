@@ -14,12 +14,12 @@ from rollout.fingerprint import file_digest
 from rollout.timetable import Timetable, learners_wanted
 
 
-def timetable(evaluates="", roles="handover", explorers=1, learners=2, **algorithm):
+def timetable(evaluates="", roles="handover", explorers=1, learners=2, after=0, **algorithm):
     config = Config(
         algorithm=Algorithm(**({"steps": 20, "anneal_steps": 10} | algorithm)), data=Data(eval=evaluates),
         rollout=Rollout(processes=learners, roles=roles), explorer=Explorer(processes=explorers),
     )  # fmt: skip
-    return Timetable(config, lambda step: quota_at(step, config.algorithm))
+    return Timetable(config, lambda step: quota_at(step, config.algorithm), after)
 
 
 def test_each_process_is_back_for_the_first_step_that_needs_it():
@@ -30,6 +30,8 @@ def test_each_process_is_back_for_the_first_step_that_needs_it():
     assert [timetable().learners(step) for step in (1, 2, 3, 4, 5, 20)] == [0, 0, 1, 1, 2, 2]
     assert timetable(schedule="constant", alpha=1.0).return_steps == (21, 21)
     assert timetable(anneal_steps=2).return_steps == (1, 1), "needed at step 2, they would go back at once"
+    assert timetable(lookahead=1).return_steps == (1, 5), "steps 1 and 2 are asked for together"
+    assert timetable(lookahead=3).return_steps == (1, 1)
     for same in ({"roles": "dedicated"}, {"explorers": 0}, {"anneal_steps": 0}):
         assert timetable(**same).return_steps == (1, 1)
         assert timetable(**same).line() == ""
@@ -40,7 +42,17 @@ def test_a_process_goes_back_a_step_early_and_once():
     assert plan.line().endswith("learner-1 until step 4")
     assert [plan.first_role(index) for index in (0, 1)] == [None, Source.EXPLORER]
     assert [plan.due(step) for step in (1, 2, 3, 4, 4, 5)] == [(), (), (), ("learner-1",), (), ()]
-    assert timetable(evaluates="embedded:countdown").due(9) == ("learner-1",), "a resumed run is late at once"
+
+
+@pytest.mark.parametrize(
+    ("after", "away"), [(0, {0: 3, 1: 5}), (1, {1: 5}), (2, {1: 5}), (3, {}), (4, {}), (9, {}), (15, {}), (20, {})]
+)
+def test_a_resumed_run_is_planned_from_the_step_it_continues_from(after, away):
+    """A process that the next two steps need begins as the learner worker that it would become; after T_mix all do."""
+    plan = timetable(after=after)
+    assert plan.return_steps == tuple(away.get(index, 1) for index in (0, 1))
+    assert [plan.first_role(index) for index in (0, 1)] == [Source.EXPLORER if i in away else None for i in (0, 1)]
+    assert plan.due(after + 1) == (), "nobody changes back at once"
 
 
 @given(st.integers(0, 16), st.integers(0, 16), st.integers(1, 8), st.integers(1, 8))

@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.faults.parts import eventually, make_completion, make_lease
-from rollout.access import Keys
+from rollout.access import Keys, why_silent
 from rollout.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, private_ipc, reachable, resolve
 from rollout.frame import HEADER_BYTES, FrameError, session_of, trainer_codec, worker_codec
 from rollout.messages import SCHEMA_VERSION, Acknowledge, Deliver, Heartbeat, Leave, Stop
@@ -45,8 +46,9 @@ HubMaker = Callable[..., Hub]
 def make_hub(tmp_path: Path) -> Iterator[HubMaker]:
     hubs: list[Hub] = []
 
-    def make(endpoint: str = "tcp://127.0.0.1:0", *, keys: Keys | None = None, liveness_s: float = 10.0) -> Hub:
-        hubs.append(Hub(endpoint, session=7, max_frame_bytes=LIMIT, heartbeat_s=0.1, liveness_s=liveness_s, keys=keys))
+    def make(endpoint: str = "tcp://127.0.0.1:0", **settings: Any) -> Hub:
+        defaults = {"session": 7, "max_frame_bytes": LIMIT, "heartbeat_s": 0.1, "liveness_s": 10.0}
+        hubs.append(Hub(endpoint, **(defaults | settings)))
         return hubs[-1]
 
     yield make
@@ -139,8 +141,15 @@ def test_an_oversize_frame_costs_its_sender_the_connection_and_is_counted(
     peer = raw_peer(raw_socket, hub.endpoint)
     peer.send(frame_of(bytes(LIMIT + 1)))
     eventually(lambda: hub.poll(0.05) == [] and hub.counts["disconnected"] >= 1)
-    peer.send(frame_of(msgspec.msgpack.encode([LEAVE])))  # it reconnects
-    assert receive(hub, 1)[0].messages == [LEAVE]
+    received: list[Received] = []
+
+    def heard() -> bool:
+        peer.send(frame_of(msgspec.msgpack.encode([LEAVE])))  # lost where the peer has not noticed yet
+        received.extend(hub.poll(0.05))
+        return bool(received)
+
+    eventually(heard, "it reconnects")
+    assert received[0].messages == [LEAVE]
 
 
 def nested(depth: int) -> bytes:
@@ -313,15 +322,61 @@ def test_curve_lets_in_known_keys_only(make_hub: HubMaker) -> None:
         link.close()
     for _ in range(10):
         assert hub.poll(0.02) == []
+    assert known.poll(0) == []
+    assert known.refusal == ""
+    assert not known.counts
     known.close()
+
+
+@pytest.mark.parametrize(
+    ("trainer_has", "worker_has", "worker_hears", "trainer_says"),
+    [
+        ("keys", "none", "lets nobody in without keys, and this worker gave none: --keys DIR", "a worker without keys"),
+        (
+            "keys",
+            "unlisted",
+            "does not list this worker's key: put its .pub file into the trainer's",
+            "with a key that",
+        ),
+        ("none", "listed", "has no keys: leave out --keys", "a worker with keys (this run has none"),
+    ],
+)
+def test_both_ends_name_keys_that_do_not_fit(
+    make_hub: HubMaker, trainer_has: str, worker_has: str, worker_hears: str, trainer_says: str
+) -> None:
+    trainer, worker, stranger = keypairs()
+    said: list[str] = []
+    hub = make_hub(keys=trainer if trainer_has == "keys" else None, on_event=said.append)
+    link = Link(hub.endpoint, name="w.1", keys={"listed": worker, "unlisted": stranger, "none": None}[worker_has])
+    eventually(lambda: hub.poll(0.02) == link.poll(0.02) == [] and link.refusal and said)
+    assert link.refusal.startswith(f"the trainer at {hub.endpoint} ")
+    assert worker_hears in link.refusal
+    assert said[0].startswith("1 connection was refused in its handshake: ")
+    assert trainer_says in said[0]
+    for keys in (trainer, worker, stranger):
+        for secret in (keys.public, keys.secret):
+            assert secret.decode() not in link.refusal + said[0]
+    link.close()
 
 
 def test_a_worker_with_the_wrong_trainer_key_is_not_connected(make_hub: HubMaker) -> None:
     trainer, worker, stranger = keypairs()
-    hub = make_hub(keys=trainer)
+    said: list[str] = []
+    hub = make_hub(keys=trainer, on_event=said.append)
     fooled = Link(hub.endpoint, name="fooled", keys=worker._replace(trainer=stranger.public))
-    eventually(lambda: hub.poll(0.05) == [] and hub.counts["handshake_failed"])
+
+    def refused(times: int) -> bool:
+        return hub.poll(0.02) == fooled.poll(0.02) == [] and hub.counts["handshake_failed"] >= times
+
+    eventually(lambda: refused(12))  # it goes on trying: another trainer may come
+    assert [line.partition(":")[0] for line in said] == [
+        "1 connection was refused in its handshake", "10 connections were refused so far",
+    ]  # fmt: skip
     assert not fooled.send([LEAVE])
+    assert fooled.refusal == ""
+    why = why_silent(fooled.endpoint, fooled.counts, has_keys=fooled.has_keys)
+    assert f" at {hub.endpoint}: {fooled.counts['handshake_failed']} handshakes failed there, likely over keys" in why
+    assert "trainer.pub is of another trainer" in why
     fooled.close()
 
 

@@ -19,6 +19,7 @@ from core.schema import Source
 from rollout.children import REPOSITORY
 from rollout.fingerprint import fingerprints, tokenizer_fingerprint, weights_fingerprint
 from rollout.inbox import Inbox, Task
+from rollout.keys import make_keys
 from rollout.messages import Weights
 from rollout.outbox import Outbox
 from rollout.pool import WorkerPool
@@ -143,7 +144,28 @@ def test_a_worker_without_a_trainer_gives_up_and_says_so(by_hand: Callable[..., 
     worker = by_hand("--connect", f"ipc://{tmp_path}/hub", "--patience", "0.5")
     assert worker.end() == 1
     assert "waiting up to 0.5 s for a trainer (--patience)" in worker.text
+    assert f"at ipc://{tmp_path}/hub: no trainer listens there" in worker.text
     assert "silent: no answer from the trainer" in worker.text
+
+
+@pytest.mark.parametrize("unlisted", [False, True])
+def test_a_worker_whose_keys_do_not_fit_is_told_at_once_and_so_is_the_trainer(
+    make_pool: PoolMaker, by_hand: Callable[..., ByHand], config: Config, tmp_path: Path, unlisted: bool
+) -> None:
+    make_keys(tmp_path / "keys")
+    stream = msgspec.structs.replace(config.stream, endpoint="tcp://127.0.0.1:0", keys=str(tmp_path / "keys"))
+    said: list[str] = []
+    pool = make_pool(msgspec.structs.replace(config, stream=stream), on_event=said.append)
+    make_keys(tmp_path / "keys", worker="late")  # the trainer read its directory before
+    (tmp_path / "keys" / "worker.key").unlink()
+    keys = ("--keys", str(tmp_path / "keys")) if unlisted else ()
+    worker = by_hand("--connect", pool.endpoint, *keys, "--patience", "500")
+    assert worker.end() == 2
+    why = "does not list this worker's key" if unlisted else "lets nobody in without keys, and this worker gave none"
+    assert f"refused: the trainer at {pool.endpoint} {why}" in worker.text
+    eventually(lambda: said)
+    assert "1 connection was refused in its handshake: a worker without keys, or with a key that was not in" in said[0]
+    assert pool.counters()["workers"] == {}
 
 
 class LoneTrainer:

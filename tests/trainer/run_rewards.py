@@ -1,7 +1,10 @@
 """Rewards for whole runs of models that are too little trained to solve anything."""
 
+import itertools
 import time
 import zlib
+
+CALLS = itertools.count(1)
 
 
 def pluses(completions, **columns):
@@ -29,3 +32,10 @@ def verl_style(data_source, solution_str, ground_truth, extra_info=None):
 def rare(prompts, completions, **columns):
     """1 for a fifth of all completions, else 0."""
     return [float(zlib.crc32((prompts[0] + completions[0]).encode()) % 5 == 0)]
+
+
+def stalls(completions, **columns):
+    """The 64th completion that a process scores is never done: of SETTINGS without data.eval, step 2's last one."""
+    if next(CALLS) == 64:
+        time.sleep(600)
+    return pluses(completions)

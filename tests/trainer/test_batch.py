@@ -9,7 +9,7 @@ from trainer.micro_batch import NO_SOURCE
 EOS = 1
 
 
-def row(source, sample, tokens, *, finish="stop", slot=0, logprobs=None):
+def row(source, sample, tokens, *, finish="stop", slot=0, logprobs=None, version=2):
     logprobs = [-0.5 * (i + 1) for i in range(len(tokens))] if logprobs is None else logprobs
     completion = Completion(
         key=CompletionKey(source=source, step=3, slot=slot, sample=sample),
@@ -17,7 +17,7 @@ def row(source, sample, tokens, *, finish="stop", slot=0, logprobs=None):
         token_bytes=pack_tokens(tokens),
         logprob_bytes=pack_logprobs(logprobs),
         finish=finish,
-        version=2,
+        version=version,
         worker="w",
         started_s=0.0,
         finished_s=0.0,
@@ -34,7 +34,7 @@ def one_group():
     rows = [
         row(Source.EXPLORER, 0, [7, 8, EOS]),
         row(Source.LEARNER, 0, [9, EOS]),
-        row(Source.LEARNER, 1, [10, 11, 12, 13], finish="length"),
+        row(Source.LEARNER, 1, [10, 11, 12, 13], finish="length", version=1),
     ]
     return group((5, 6), rows, (-1.0, 0.5, 2.0))
 
@@ -54,6 +54,7 @@ def test_one_group_by_hand(tiny_config):
     assert micro.sampler_T.tolist() == [-0.5, -1.0, -1.5, -0.5, -1.0, -1.5, -2.0, -0.5, -1.0]
     assert micro.explorer_share_T.tolist() == pytest.approx([1 / 3] * 9)
     assert micro.token_weight_T.tolist() == pytest.approx([1 / 9] * 9)
+    assert micro.current_T.tolist() == [0.0] * 7 + [1.0] * 2  # step 3 begins with weights 2; explorers have others
     assert micro.sources == {Source.EXPLORER, Source.LEARNER}
 
 

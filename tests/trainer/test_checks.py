@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import run_parts
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from core.configfile import Command, ConfigError, load_config, parse_command
-from rollout.mixer import Starved
+from rollout.patience import Starved
 from trainer.checks import Place, check_start
 from trainer.command import main
 
@@ -102,6 +104,28 @@ def test_a_reward_function_is_imported_before_the_start(
     (tmp_path / "my_reward_of_checks.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert refused(reward__function="my_reward_of_checks:f")
+
+
+def test_columns_that_the_reward_function_requires_are_missed_in_all_data_at_once(
+    refused: Refused, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needing_reward_of_checks.py").write_text(
+        "def f(completions, solution, answer, level=None): return [1.0]\n"
+    )
+    (tmp_path / "train.jsonl").write_text('{"prompt": "8 5 = 13 :", "answer": "13", "level": 1}\n')
+    pq.write_table(pa.table({"question": ["8 5 = 13 :"], "answer": ["13"], "solution": [b"x"]}), tmp_path / "e.parquet")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"reward__function": "needing_reward_of_checks:f", "data__train": tmp_path / "train.jsonl"}
+    train, evaluation = refused(**settings, data__eval=tmp_path / "e.parquet").splitlines()
+    assert 'f" requires solution, and data.train has no such column.' in train
+    assert "the columns there are: answer, level." in train
+    assert "requires solution, and data.eval has no such column." in evaluation
+    assert "the columns there are: answer. " in evaluation  # bytes do not travel
+    assert len(refused(**settings, data__eval="").splitlines()) == 1
+    embedded = refused(reward__function="needing_reward_of_checks:f")
+    assert [line.split(" has no such")[0].split()[-1] for line in embedded.splitlines()] == ["data.train", "data.eval"]
+    (tmp_path / "train.jsonl").write_text('{"prompt": "8 5 = 13 :", "answer": "13", "solution": "8 + 5"}\n')
+    check_start(parse_command(arguments(root, tmp_path / "run", **settings, data__eval="")).config, CPU)
 
 
 def test_architectures_the_torch_engine_does_not_run(refused: Refused, tmp_path: Path, learner: Path) -> None:

@@ -10,7 +10,7 @@ from core.configfile import ConfigError, load_config, parse_command
 from core.placement import Placement
 from core.schema import Source
 from trainer.devices import Devices, find_placement, memory_report, take_gpus
-from trainer.session import dry_run
+from trainer.dry_run import dry_run
 
 LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4}  # fmt: skip

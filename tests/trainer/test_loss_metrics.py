@@ -32,6 +32,7 @@ def micro_batch():
         sampler_T=torch.tensor(MU),
         explorer_share_T=zeros,
         token_weight_T=0.2 * torch.tensor(IN_LOSS),
+        current_T=torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0]),
     )
 
 
@@ -92,6 +93,7 @@ def test_one_update_by_hand():
         "entropy": 0.3,
         "sampling/sampling_logp_difference/mean": 1.5 / 3,
         "sampling/sampling_logp_difference/max": 1.0,
+        "sampling/sampling_logp_difference/current_max": 0.5,
         "tokens/computed": 5 / 10,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

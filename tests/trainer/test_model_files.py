@@ -56,6 +56,16 @@ def no_weights(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def index_without_files(directory: Path) -> None:
+    no_weights(directory)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+
+
+def broken_index(directory: Path) -> None:
+    no_weights(directory)
+    (directory / "model.safetensors.index.json").write_text("{")
+
+
 def broken_config(directory: Path) -> None:
     (directory / "config.json").write_text("{")
 
@@ -85,6 +95,8 @@ def no_tokenizer(directory: Path) -> None:
         (cut_in_the_header, "model.safetensors has no readable safetensors header (40 bytes)"),
         (lengthened, "and its header says"),
         (no_weights, "no weights there (neither model.safetensors nor model.safetensors.index.json)"),
+        (index_without_files, "model.safetensors.index.json has no weight_map that names files"),
+        (broken_index, "model.safetensors.index.json is not JSON"),
         (broken_config, "config.json is not JSON"),
         (inconsistent_config, "config.json cannot be used"),
         (no_tokenizer, "no tokenizer there (none of tokenizer.json"),

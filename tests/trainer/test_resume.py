@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import run_parts
+import torch
 from run_parts import arguments, eventually, finish, kill, reference_run, start, train_here, training_lines
+from safetensors.torch import load_file
 
 from core.anneal import explorer_quota
 from rollout.store import read_rollouts
 
 # What a clock or the machine decides, and faults, which an interrupted run has more of.
-VARIABLE = ("time/", "step_time", "tokens_per_second", "clock", "buffer/", "fault/", "weights/")
+VARIABLE = ("time/", "step_time", "tokens_per_second", "clock", "buffer/", "fault/", "weights/", "run/start")
 # Rollouts but for the name of the worker, which is new in every start.
 COLUMNS = ("step", "slot", "sample", "source", "token_ids", "logprobs", "reward", "advantage", "version")
 
@@ -126,3 +128,20 @@ def test_with_rollouts_in_flight_every_completion_still_trains_once(root: Path) 
     assert ledger["explorer"]["trained"] + ledger["learner"]["trained"] == expected.total()
     assert [line["step"] for line in training_lines(run_dir)] == list(range(1, 9))
     assert max(line["off_policy/staleness_max"] for line in training_lines(run_dir)) == 1
+
+
+@pytest.mark.slow
+def test_what_only_rounds_otherwise_may_change_when_a_run_goes_on(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Memory ran out: smaller micro-batches, recomputation, DeepSpeed. The updates stay those of the run."""
+    reference, run_dir = reference_run(root)[0], root / "smaller"
+    train_here(arguments(root, run_dir, algorithm__steps=4))
+    less = {"learner__micro_batch_tokens": 100, "learner__gradient_checkpointing": "true"}
+    train_here([*arguments(root, run_dir, learner__kernels="reference", **less), "--resume"])
+    assert "but for rounding: learner.gradient_checkpointing: False → True" in capfd.readouterr().out
+    ours = load_file(run_dir / "model" / "model.safetensors")
+    theirs = load_file(reference / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=0, msg=name)

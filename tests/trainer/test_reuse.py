@@ -65,6 +65,16 @@ def test_a_store_filled_without_a_learner_gives_the_run_that_generates(root: Pat
 
 
 @pytest.mark.slow
+def test_a_resumed_run_counts_on(root: Path, tmp_path: Path) -> None:
+    short = SETTINGS | {"algorithm__steps": 2, "algorithm__anneal_steps": 2, "explorer__store": tmp_path / "store"}
+    train_here(arguments(root, tmp_path / "fills", **short))
+    run = train_here(arguments(root, tmp_path / "reads", **short))
+    train_here([*arguments(root, run, **short | {"algorithm__steps": 3}), "--resume"])
+    counts = [(line["step"], line["store/reused"], line["store/generated"]) for line in run_parts.training_lines(run)]
+    assert counts == [(step, 8 * 4, 0) for step in (1, 2, 3)]
+
+
+@pytest.mark.slow
 def test_another_learner_with_larger_groups_generates_only_the_difference(root: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     train_here(arguments(root, tmp_path / "first", explorer__store=store, **SETTINGS))

@@ -7,6 +7,7 @@ import run_parts
 from run_parts import arguments, train_here
 
 from rollout.store import read_rollouts
+from trainer.session import Session
 from trainer.tracer import read_trace
 
 
@@ -35,3 +36,39 @@ def test_a_run_whose_processes_change_roles_trains_what_a_dedicated_one_trains(
     assert workers["explorer"] <= {"explorer-0", "learner-1"}
     counters = [event for event in read_trace(handed) if event["ph"] == "C" and event["name"] == "learner workers"]
     assert [event["args"]["planned"] for event in counters] == [1, 1, 2, 2, 2]  # quotas 4+0, 3+1, 2+2, 0+4, 0+4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rollout__roles": "handover"}, {"explorer-0", "learner-0", "learner-1"}),
+        ({"rollout__roles": "dedicated"}, {"learner-0", "learner-1"}),
+    ],
+)
+def test_what_is_resumed_after_the_annealing_explores_no_more(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, settings: dict[str, str], expected: set[str]
+) -> None:
+    """Explorers would load a model for nothing, and under handover a second one before the next step could end."""
+    base = {"algorithm__anneal_steps": 2, "data__eval": "", "rollout__lease_prompts": 2, "rollout__processes": 2}
+    root = tmp_path_factory.getbasetemp()
+    train_here(arguments(root, tmp_path, algorithm__steps=2, **base, **settings))
+    joined: dict[str, str] = {}
+
+    def look(session: Session, step: int) -> None:
+        workers = session.stream.rollouts.pool.counters()["workers"]
+        joined.update({name: worker["role"] for name, worker in workers.items()})
+
+    def who() -> set[str]:
+        return {name.partition(".")[0] for name in joined}
+
+    def wait_for_all(session: Session, step: int) -> None:
+        look(session, step)
+        if step == 3:
+            run_parts.eventually(lambda: look(session, step) or who() >= expected, "every process has joined")
+
+    train_here([*arguments(root, tmp_path, algorithm__steps=4, **base, **settings), "--resume"], on_step=wait_for_all)
+    assert who() == expected
+    assert set(joined.values()) == {"learner"}
+    assert len(joined) == len(expected), "nobody joined twice"
+    assert run_parts.ledger(tmp_path)["conserved"]

@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -182,13 +183,19 @@ def test_no_process_outlives_the_run(reference: Path) -> None:
     assert not (reference / "endpoint").exists()
 
 
-@pytest.mark.slow
-def test_two_ranks_train_what_one_trains(reference: Path, root: Path) -> None:
-    """Up to the order of sums over ranks."""
-    ranks, log = root / "ranks", root / "ranks.log"
+@pytest.fixture(scope="module")
+def ranks(root: Path) -> Path:
+    """The run of SETTINGS on two ranks of one node."""
+    run_dir, log = root / "ranks", root / "ranks.log"
     launcher = (*TORCHRUN, "--nproc-per-node", "2")
-    text = run_parts.finish(run_parts.start(arguments(root, ranks), log=log, launcher=launcher), log=log)
+    text = run_parts.finish(run_parts.start(arguments(root, run_dir), log=log, launcher=launcher), log=log)
     assert text.count("step 6/6") == 1  # one rank speaks
+    return run_dir
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_trains(reference: Path, ranks: Path) -> None:
+    """Up to the order of sums over ranks."""
     assert run_parts.trained_keys(ranks) == run_parts.trained_keys(reference)
     one, two = load_file(reference / "model" / "model.safetensors"), load_file(ranks / "model" / "model.safetensors")
     for name, tensor in one.items():
@@ -198,6 +205,29 @@ def test_two_ranks_train_what_one_trains(reference: Path, root: Path) -> None:
     for name in ("reward", "loss", "kl", "grad_norm"):
         assert [line[name] for line in theirs] == pytest.approx([line[name] for line in ours], abs=1e-4), name
     assert run_parts.ledger(ranks)["conserved"]
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_rank_each_train_the_bits_of_one_node_with_two(ranks: Path, root: Path, tmp_path: Path) -> None:
+    """As docs/cluster.md starts them: a torchrun per node, of fixed rank, with rank 0's address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    run_dir, logs, nodes = tmp_path / "run", [tmp_path / f"node_{rank}.log" for rank in range(2)], []
+    words = arguments(root, run_dir, data__eval="")
+    try:
+        for rank, log in enumerate(logs):
+            place = ("--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1")
+            address = ("--master-addr", "127.0.0.1", "--master-port", str(port))
+            nodes.append(run_parts.start(words, log=log, launcher=(*TORCHRUN, *place, *address)))
+        texts = [run_parts.finish(node, log=log) for node, log in zip(nodes, logs)]
+    finally:
+        for node in nodes:
+            node.terminate()  # torchrun passes it on; one that has ended hears nothing
+    assert [text.count("step 6/6") for text in texts] == [1, 0]
+    assert [text.count("starting the rollout workers") for text in texts] == [1, 0]  # rank 0's node has them
+    assert run_parts.weights_bytes(run_dir) == run_parts.weights_bytes(ranks)
+    assert run_parts.trained_keys(run_dir) == run_parts.trained_keys(ranks)
+    assert run_parts.ledger(run_dir)["conserved"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from core.config import Algorithm, Config, Run
+from core.config import Algorithm, Config, Learner, Run
 from core.configkeys import ConfigError
 from trainer.run_directory import RunDirectory
 
@@ -82,6 +82,21 @@ def test_resume_refuses_another_computation_and_allows_another_machine(tmp_path:
     longer = msgspec.structs.replace(config(tmp_path, steps=100), run=Run(dir=str(tmp_path), threads=4))
     RunDirectory(longer, resume=True, clean=False).close()
     assert json.loads((tmp_path / "config.resolved.json").read_text())["algorithm"]["steps"] == 100
+
+
+def test_resume_may_change_what_only_rounds_otherwise_and_says_so(tmp_path: Path) -> None:
+    RunDirectory(config(tmp_path), resume=False, clean=False).close()
+    less = Learner(micro_batch_tokens=100, gradient_checkpointing=True, backend="deepspeed", zero_stage=3)
+    smaller = msgspec.structs.replace(config(tmp_path), learner=less)
+    directory = RunDirectory(smaller, resume=True, clean=False)
+    directory.close()
+    [note] = directory.notes
+    assert "but for rounding" in note
+    assert all(part in note for part in ("micro_batch_tokens: 8192 → 100", "backend: 'torch' → 'deepspeed'"))
+    other = msgspec.structs.replace(less, learning_rate=1.0, micro_batch_tokens=50)
+    with pytest.raises(ConfigError, match=r"learning_rate") as refused:
+        RunDirectory(msgspec.structs.replace(smaller, learner=other), resume=True, clean=False)
+    assert "micro_batch_tokens" not in str(refused.value)  # it is not what stands in the way
 
 
 def test_resume_of_nothing_says_so(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from core.config import Config
 from core.configfile import ConfigError, load_config, parse_command
-from core.schema import Source
-from rollout.shared_ids import id_bounds
+from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
+from rollout.shared_ids import UNKNOWN_TOKEN, id_bounds, unknown_tokens
 from rollout.store import read_rollouts
-from trainer.session import dry_run
+from trainer.dry_run import dry_run
 
 EXTRA = 3
 
@@ -53,6 +53,20 @@ def test_ids_are_bounded_by_the_models_that_score_a_row(
     found = id_bounds(config, {Source.LEARNER: learner, Source.EXPLORER: explorer})
     assert (found[Source.EXPLORER], found[Source.LEARNER]) == expected
     assert id_bounds(Config(), {Source.LEARNER: learner})[Source.LEARNER] == learner
+
+
+@pytest.mark.parametrize(("source", "highest", "expected"), [
+    (Source.EXPLORER, 511, None), (Source.EXPLORER, 512, UNKNOWN_TOKEN), (Source.LEARNER, 639, None),
+    (Source.LEARNER, 640, UNKNOWN_TOKEN),
+])  # fmt: skip
+def test_a_row_with_an_id_beyond_its_bound_is_unfit(source: Source, highest: int, expected: str | None) -> None:
+    why_unfit = unknown_tokens(Config(), {Source.LEARNER: 640, Source.EXPLORER: 512})
+    row = Completion(
+        key=CompletionKey(source=source, step=1, slot=0, sample=0), prompt_uid="u",
+        token_bytes=pack_tokens([3, highest, 5]), logprob_bytes=pack_logprobs([-1.0] * 3), finish="stop", version=0,
+        worker="w.1", started_s=0.0, finished_s=1.0,
+    )  # fmt: skip
+    assert why_unfit(row) == expected
 
 
 def test_a_larger_explorer_s_unknown_tokens_are_replaced(

@@ -162,6 +162,39 @@ def test_nothing_asked_nothing_raised() -> None:
     assert stopped.value.exit_code == 143
 
 
+def test_a_begun_step_has_its_grace() -> None:
+    signals = Signals()
+    signals.give_up(0.0)
+    signals._ask(signal.SIGTERM)
+    signals.give_up(60.0)
+    with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        signals.give_up(0.0)
+    assert not stopped.value.between_steps
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_given_up_and_the_run_closes_in_good_order(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    root, run_dir, log = tmp_path_factory.getbasetemp(), tmp_path / "run", tmp_path / "log"
+    words = arguments(
+        root, run_dir, data__eval="", checkpoint__every=1, checkpoint__grace_s=1, explorer__ahead_steps=1,
+        reward__function="run_rewards:stalls", reward__timeout_s=300,
+    )  # fmt: skip
+    process = start(words, log=log)
+    metrics = run_dir / "metrics.jsonl"
+    eventually(lambda: metrics.exists() and '"step": 1, "reward"' in metrics.read_text(), "step 1", process)
+    endpoint = run_parts.endpoint_of(run_dir)
+    time.sleep(5.0)  # it is within step 2 then: one reward is missing
+    process.send_signal(signal.SIGTERM)
+    text = finish(process, log=log, code=143)
+    assert "the step did not end within 1 s (checkpoint.grace_s)" in text
+    assert "Traceback" not in text
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_1"]
+    assert os.path.exists(run_dir / "report.html")
+    eventually(lambda: not run_parts.processes_naming(endpoint), "no process is left")
+
+
 @pytest.mark.slow
 def test_sigterm_saves_the_step_it_stands_at_and_the_rest_of_the_run_has_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path

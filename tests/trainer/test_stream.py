@@ -52,16 +52,17 @@ class Parts:
     def __init__(self, slots: int, asks: int | None = None) -> None:
         self.slots, self.asks, self.calls = slots, asks, 0
 
-    def collect(self, step: int, first: int, prompts: int | None) -> tuple[Group, ...]:
+    def collect(self, step: int, first: int, prompts: int | None) -> tuple[tuple[Group, ...], bool]:
         if self.calls == self.asks:
             SIGNALS.asked = signal.SIGTERM
         self.calls += 1
         stop = self.slots if prompts is None else min(first + prompts, self.slots)
         prompt = Prompt(uid="p", token_ids=(1,), text="", answer="")
         rows = (ScoredCompletion(completion=completion(0), reward=1.0, text=""),)
-        return tuple(
+        groups = [
             Group(prompt=prompt, step=step, slot=slot, rows=rows, advantages=(0.0,)) for slot in range(first, stop)
-        )
+        ]
+        return tuple(groups), stop == self.slots
 
 
 @pytest.fixture
@@ -75,13 +76,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> World:
     [(5, 2, [[0, 1], [2, 3], [4]]), (4, 2, [[0, 1], [2, 3]]), (3, None, [[0, 1, 2]]), (1, 2, [[0]])],
 )
 def test_a_step_comes_in_parts_and_ends(alone: World, slots: int, prompts: int | None, parts: list[list[int]]) -> None:
-    groups = GroupStream(alone, Parts(slots))
+    source = Parts(slots)
+    groups = GroupStream(alone, source)
     assert not groups.within_step
     found = []
     for part in groups.parts(1, prompts):
         assert groups.within_step
         found.append([group.slot for group in part])
     assert found == parts
+    assert source.calls == len(parts)  # none asks for what comes after the last
     assert not groups.within_step
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import Algorithm, Config
+from core.config import Algorithm, Config, Explorer
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
 from trainer.diagnosis import diagnosis
 from trainer.timeline import Part, Span, Stages, trace_step, wait_shares
@@ -162,3 +162,51 @@ def test_one_sentence_says_what_bounds_the_run(step: dict[str, float], lookahead
 
 def test_nothing_measured_is_nothing_said() -> None:
     assert diagnosis([], Config()) == diagnosis([SLOW_FIRST], Config()) == []
+
+
+FAST = line(total=0.1, wait_for_batch=0.01, wait_for_learner=0.01, train=0.08)
+STARTING = line(total=2.6, wait_for_batch=2.5, wait_for_learner=2.5, train=0.08)
+
+
+def of_start(start: int, step: dict[str, float], explorer: int = 0, learner: int = 4) -> dict[str, float]:
+    return {**step, "run/start": float(start), "mix/explorer_quota": explorer, "mix/learner_quota": learner}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        # All explorer rows are read from a store, and step 2 is the first to need a worker at all.
+        [of_start(1, FAST, 4, 0), of_start(1, STARTING, 3, 1), *[of_start(1, FAST, 0, 4)] * 4],
+        # A resumed run trains one step more.
+        [of_start(1, STARTING), *[of_start(1, FAST)] * 4, of_start(2, STARTING)],
+        # The third start is the first to ask for the explorer, at its second step.
+        [of_start(1, STARTING), *[of_start(1, FAST)] * 4, of_start(3, STARTING), of_start(3, STARTING, 1, 3)],
+    ],
+)
+def test_the_start_of_a_worker_is_not_taken_for_generation(training: list[dict[str, float]]) -> None:
+    (text,) = diagnosis(training, Config())
+    assert text.startswith("training-bound: scoring and updates took 80% of the step")
+
+
+def test_too_few_steps_say_nothing() -> None:
+    assert diagnosis([of_start(1, STARTING), of_start(1, FAST), of_start(1, FAST)], Config()) == []
+    assert diagnosis([of_start(start, STARTING) for start in range(1, 9)], Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("store", "reused", "generated", "remedy"),
+    [
+        ("", None, None, "or read recorded completions (explorer.store)"),
+        ("/store", 24, 0, "all of these were read from explorer.store: put it on a faster disk"),
+        ("/store", 0, 24, "explorer.processes or explorer.ahead_steps; a run that finds them in explorer.store will"),
+    ],
+)
+def test_advice_about_the_explorer_fits_where_its_completions_come_from(
+    store: str, reused: int | None, generated: int | None, remedy: str
+) -> None:
+    counts = {"store/reused": reused, "store/generated": generated}
+    step = line(total=1.0, wait_for_batch=0.8, wait_for_explorer=0.8, train=0.1) | counts
+    (text,) = diagnosis([step] * 4, Config(explorer=Explorer(store=store)))
+    assert text.startswith("generation-bound: the learner waited 80% of the step")
+    assert remedy in text
+    assert ("raise explorer.processes" in text) == (reused != 24)

@@ -18,9 +18,8 @@ for name, payload in (("bytes", b"\\x00payload\\xff"), ("nothing", b"")):
     found[name] = world.broadcast_bytes(payload if world.is_main else None).hex()
 total = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 world.sum_(total)
-highest = torch.tensor([float(world.rank), -float(world.rank)])
-world.max_(highest)
-found |= {"sum": total.tolist(), "max": highest.tolist(), "highest": world.highest(5 - world.rank)}
+everyone = world.gathered(torch.tensor([float(world.rank), -2.0]))
+found |= {"sum": total.tolist(), "gathered": everyone.tolist(), "highest": world.highest(5 - world.rank)}
 world.agree("the configuration", "same")
 world.barrier("start")
 for what, act in (
@@ -69,7 +68,7 @@ def test_a_single_process_needs_no_network(monkeypatch):
     world = World.join("cpu")
     value = torch.tensor([1.5])
     world.sum_(value)
-    world.max_(value)
+    assert world.gathered(value).tolist() == [[1.5]]
     world.barrier("anywhere")
     world.agree("anything", "x")
     world.leave()
@@ -126,7 +125,7 @@ def test_two_ranks_exchange_agree_and_name_who_is_late(run_ranks):
         assert bytes.fromhex(found["bytes"]) == b"\x00payload\xff"
         assert found["nothing"] == ""
         assert found["sum"] == [3.0, 30.0]
-        assert found["max"] == [1.0, 0.0]
+        assert found["gathered"] == [[0.0, -2.0], [1.0, -2.0]]
         assert "the configuration differs between rank 0 and rank 1" in found["agree"]
         assert "the barrier differs between rank 0 and rank 1" in found["names"]
     assert "'checkpoint'" in first["late"]
