@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from core.schema import Completion, Source
+from core.schema import Completion
 from rollout.access import why_silent
+from rollout.ended import Ended
 from rollout.frame import FrameError, session_of
 from rollout.inbox import Inbox, Task
 from rollout.messages import (
@@ -38,16 +39,6 @@ _JOIN_S = 0.5
 _FRAME_BYTES = 512 << 10
 _FRAME_MESSAGES = 1024
 _SILENCES = 3  # times liveness_s
-
-
-class Ended(Exception):
-    """The session is over: the main thread leaves whatever it does."""
-
-    def __init__(
-        self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str, role: Source | None = None
-    ) -> None:
-        super().__init__(f"{kind}: {reason}")
-        self.kind, self.reason, self.role = kind, reason, role  # role: the one to join with next
 
 
 class Courier:

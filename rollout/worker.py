@@ -21,7 +21,8 @@ from typing import Any
 
 from core.schema import Source
 from core.standard_streams import keep_going
-from rollout.courier import Courier, Ended
+from rollout.courier import Courier
+from rollout.ended import Ended
 from rollout.endpoints import resolve
 from rollout.engine import Engine, engine_kind
 from rollout.fingerprint import fingerprints

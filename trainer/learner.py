@@ -66,8 +66,7 @@ class Learner:
         self.explorer = self.backend.frozen(explorer) if explorer is not None else None
         self.scorer = Scorer(config, self.backend, reference=self.reference, explorer=self.explorer)
         self.step = 0  # completed training steps
-        self.skipped_updates = 0
-        self._skipped_in_a_row = 0
+        self.skipped_updates = self._skipped_in_a_row = 0
         self._scored: dict[int, tuple[MicroBatch, Scores]] = {}
         self._visited: set[int] = set()
         self._tally = Tally(config)
