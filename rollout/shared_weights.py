@@ -126,8 +126,12 @@ class SharedWeights:
         self.version, self.digest, self.device = version, digest, device
         try:
             self._descriptor, self._text = _open_manifest(file)
-            manifest = msgspec.json.decode(self._text, type=Manifest)
-            self._buffer = _opened(manifest, device)
+            try:
+                manifest = msgspec.json.decode(self._text, type=Manifest)
+                self._buffer = _opened(manifest, device)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
         except (OSError, RuntimeError, msgspec.DecodeError) as error:
             raise RuntimeError(f"weights {version}: {file} cannot be read ({error}){_REMEDY}") from error
         self._places = {place.name: place for place in manifest.places}

@@ -37,7 +37,7 @@ class WeightLoading:
                 self._reload(shared.tensors())
                 return shared.outcome()
         except RuntimeError as error:
-            return str(error)
+            return str(error) or repr(error)  # no text would mean WHOLE
 
     def _reload(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self.reload_weights(weights_iterator=tensors)
