@@ -12,18 +12,7 @@ from torch import Tensor
 
 from rollout import shared_weights
 from rollout.shared_memory import Opened, open_memory
-from rollout.shared_weights import (
-    OVERWRITTEN,
-    WHOLE,
-    Overwritten,
-    Place,
-    SharedWeights,
-    checksums,
-    digest_of,
-    require_whole,
-    room,
-    shared_shapes,
-)
+from rollout.shared_weights import OVERWRITTEN, WHOLE, Overwritten, SharedWeights, require_whole, shared_shapes
 from trainer.published import memory_is_shared
 from trainer.weight_buffers import WeightBuffers, buffer_bytes
 
@@ -229,29 +218,33 @@ def test_every_process_must_have_read_the_whole_version() -> None:
 @pytest.mark.parametrize("words", [1, 31, 32768, 32769, 5 * 32768 + 3])
 def test_a_checksum_shows_a_changed_word_and_swapped_ones(words: int) -> None:
     memory = torch.randint(0, 256, (8 * words,), dtype=torch.uint8, generator=torch.Generator().manual_seed(words))
-    sums, view = checksums(memory), memory.view(torch.int64)
+    sums, view = shared_weights.checksums(memory), memory.view(torch.int64)
     assert len(sums) == -(-words // 32768)
     for position in {0, words // 2, words - 1}:
         for bit in (0, 7, 62):
             view[position] ^= 1 << bit
-            changed = (checksums(memory) != sums).nonzero().flatten().tolist()
+            changed = (shared_weights.checksums(memory) != sums).nonzero().flatten().tolist()
             assert changed == [position // 32768]
             view[position] ^= 1 << bit
     for one, other in {(0, words - 1), (0, min(1, words - 1)), (words // 2, words - 1)}:
         if one != other:
             view[[one, other]] = view[[other, one]]
-            assert not torch.equal(checksums(memory), sums)
+            assert not torch.equal(shared_weights.checksums(memory), sums)
             view[[one, other]] = view[[other, one]]
-    assert torch.equal(checksums(memory), sums)
+    assert torch.equal(shared_weights.checksums(memory), sums)
 
 
 def test_the_digest_is_of_manifest_sums_and_their_order() -> None:
     one, other = torch.tensor([1]), torch.tensor([2, 3])
-    digests = {digest_of(b"m", [one, other]), digest_of(b"m", [other, one]), digest_of(b"n", [one, other])}
+    digests = {
+        shared_weights.digest_of(b"m", [one, other]),
+        shared_weights.digest_of(b"m", [other, one]),
+        shared_weights.digest_of(b"n", [one, other]),
+    }
     assert len(digests) == 3
-    assert digest_of(b"m", [one, other]) == digest_of(b"m", [torch.tensor([1, 2, 3])])
+    assert shared_weights.digest_of(b"m", [one, other]) == shared_weights.digest_of(b"m", [torch.tensor([1, 2, 3])])
 
 
 def test_a_tensor_takes_whole_blocks_of_256_bytes() -> None:
-    assert [room(size) for size in (0, 1, 256, 257)] == [0, 256, 256, 512]
-    assert [Place("a", "bfloat16", shape, 0).size for shape in ((), (3, 5), (0, 7))] == [2, 30, 0]
+    assert [shared_weights.room(size) for size in (0, 1, 256, 257)] == [0, 256, 256, 512]
+    assert [shared_weights.Place("a", "bfloat16", shape, 0).size for shape in ((), (3, 5), (0, 7))] == [2, 30, 0]
