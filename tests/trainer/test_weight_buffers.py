@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.config import Config, Rollout
+from rollout.shared_weights import checksums
 from trainer.published import PublishedWeights, memory_is_shared, open_weights
 from trainer.weight_buffers import WeightBuffer, WeightBuffers, buffer_bytes
 
@@ -30,14 +31,14 @@ for line in sys.stdin:
     word, file, digest, version = line.split()
     version, hashed = int(version), hashlib.sha256()
     try:
-        with SharedWeights(Path(file), version=version, digest=digest, device=torch.device("cpu")) as weights:
+        with SharedWeights(Path(file), version=version, digest=digest, device=torch.device(sys.argv[1])) as weights:
             for index, name in enumerate(weights.shapes):
                 if word == "pause" and index == 1:
                     print("half", flush=True)
                     sys.stdin.readline()
                 tensor = weights.read(name)
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-                hashed.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+                hashed.update(tensor.flatten().view(torch.uint8).cpu().numpy().tobytes())
             require_whole([weights.outcome()], version=version)
         print(hashed.hexdigest(), flush=True)
     except Overwritten:
@@ -67,9 +68,10 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
 class Reader:
     """A worker in a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        command = [sys.executable, "-c", READER, device]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", READER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         )  # fmt: skip
         assert self.said() == "ready"
@@ -81,13 +83,16 @@ class Reader:
         print(*words, file=self.process.stdin, flush=True)
         return self.said()
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
 
 @pytest.fixture(scope="module")
 def reader() -> Iterator[Reader]:
     made = Reader()
     yield made
-    made.process.kill()
-    made.process.communicate()
+    made.end()
 
 
 @pytest.fixture
@@ -113,6 +118,36 @@ def test_another_process_reads_what_was_written_bit_for_bit(reader: Reader, dtyp
             assert reader.tell("read", *earlier) == hash_of(tensors_of(version - 1, dtype))
         earlier = (file, digest, version)
     buffers.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_too(dtype: torch.dtype) -> None:
+    """The digest that the GPU makes is the CPU's, a late reader is told, and so is one whose GPU reads other bytes."""
+    device, reader = torch.device("cuda", 0), Reader("cuda:0")
+    on_gpu, on_cpu = (WeightBuffers(buffer_bytes(tensors_of(1).values()), where) for where in (device, CPU))
+
+    def publish(version: int) -> tuple[Path, str]:
+        tensors = {name: tensor.to(device) for name, tensor in tensors_of(version, dtype).items()}
+        return on_gpu.write(version, lambda buffer: buffer.fill(iter(tensors.items())))
+
+    first, second = publish(1), publish(2)
+    assert reader.tell("read", *first, 1) == hash_of(tensors_of(1, dtype))
+    assert reader.tell("pause", *first, 1) == "half"
+    third = publish(3)
+    assert reader.tell("go") == "overwritten"
+    for version, published in ((2, second), (3, third)):
+        assert reader.tell("read", *published, version) == hash_of(tensors_of(version, dtype))
+    write(on_cpu, 3, dtype)
+    sums = [checksums(buffers._buffers[-1]._exported.memory).tolist() for buffers in (on_gpu, on_cpu)]
+    assert sums[0] == sums[1]
+    on_gpu._buffers[-1]._exported.memory[77] ^= 1
+    torch.cuda.synchronize()
+    assert reader.tell("read", *third, 3).startswith("error weights 3: what arrived has digest")
+    reader.end()
+    on_gpu.close()
+    on_cpu.close()
 
 
 def test_a_reader_in_the_middle_learns_that_the_version_after_the_next_came(
