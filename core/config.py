@@ -141,7 +141,7 @@ class Rollout(Section, frozen=True, kw_only=True):
     max_response_tokens: Annotated[int, Meta(description="Longest completion that trains.", ge=1)] = 24
     roles: Annotated[Literal["dedicated", "handover"], Meta(description="dedicated: every process keeps its role. handover: the learner's processes begin as explorers until their rollouts need them, and the explorer's join the learner's rollouts when all they owe is generated.")] = "dedicated"
     update_in_flight: Annotated[bool, Meta(description="Under lookahead, learner rollouts take new weights between two tokens of a lease in work (each token keeps its version and log-prob); false finishes the lease first.")] = True
-    weights: Annotated[Literal["memory", "files"], Meta(description="Where new weights lie for the learner's rollout processes: in memory of the trainer's rank 0, which processes of its user on its machine can read (files where the system has no such memory), or as files in run.dir, for workers on other nodes too.")] = "memory"
+    weights: Annotated[Literal["memory", "files", "device"], Meta(description="Where new weights lie for the learner's rollout processes. memory: host memory of the trainer's rank 0, which processes of its user on its machine can read (files where the system has no such memory). files: run.dir, for workers on other nodes too. device: two buffers in the memory of rank 0's GPU, which workers copy from GPU to GPU (host memory without one).")] = "memory"
     lease_prompts: Annotated[int, Meta(description="Prompts of one lease: the unit of work a process takes, generates as one batch and can lose.", ge=1)] = 32
 
 

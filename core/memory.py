@@ -148,8 +148,9 @@ def host_bytes(config: Config, learner: ModelShape, ranks: int) -> int:
 
 
 def published_bytes(config: Config, learner: ModelShape) -> int:
-    """Host memory of rank 0 that published weights take (trainer.published); a container counts it as shared memory."""
-    held = PUBLISHED_VERSIONS if config.rollout.weights == "memory" else 0
+    """What published weights take: of rank 0's host memory (trainer.published), which a container counts as shared
+    memory, or of its GPU (trainer.weight_buffers)."""
+    held = 0 if config.rollout.weights == "files" else PUBLISHED_VERSIONS
     return held * BYTES[config.learner.dtype] * learner.parameters
 
 

@@ -52,20 +52,23 @@ def preflight(
     lines = [f"memory of a trainer rank: {_sum(trainer)}"]
     if host := host_bytes(config, learner, ranks):
         lines.append(f"host memory of a trainer rank: {_gib(host)} of offloaded states")
+    shared = placement.trainer[0] if config.rollout.weights == "device" and placement.learner else None
     if published := published_bytes(config, learner):
-        lines.append(f"host memory of rank 0: {_gib(published)} of published weights, two versions (rollout.weights)")
+        where = "host memory of rank 0" if shared is None else f"memory of GPU {shared} beside rank 0"
+        lines.append(f"{where}: {_gib(published)} of published weights, two versions (rollout.weights)")
     share = placement.memory_share if vllm else 0.0
     problems = []
     for role, need in needs.items():
         lines.append(f"memory of {_ENGINES[role]}: {_engine_line(need, vllm)}")
     for gpu, total in enumerate(gpu_bytes):
-        held, parts = _held(gpu, placement, trainer, needs, share * total if vllm else None)
+        buffers = published if gpu == shared else 0
+        held, parts = _held(gpu, placement, trainer, needs, share * total if vllm else None, buffers)
         if not parts:
             continue
         lines.append(f"GPU {gpu} ({_gib(total)}): {_gib(held)} = {' + '.join(parts)}")
         if held > total:
             problems.append(f"GPU {gpu} has {_gib(total)} and would hold {_gib(held)} = {' + '.join(parts)}. ")
-            problems[-1] += _remedies(config, trainer, gpu in placement.trainer, gpu in placement.engines)
+            problems[-1] += _remedies(config, trainer, gpu in placement.trainer, gpu in placement.engines, buffers)
         problems += _tight(gpu, placement, needs, share * total) if vllm else []
     if problems:
         raise ConfigError("\n".join(problems))
@@ -76,12 +79,20 @@ _ENGINES = {"learner": "a learner rollout engine", "explorer": "an explorer engi
 
 
 def _held(
-    gpu: int, placement: Placement, trainer: dict[str, int], needs: dict[str, EngineNeed], share: float | None
+    gpu: int,
+    placement: Placement,
+    trainer: dict[str, int],
+    needs: dict[str, EngineNeed],
+    share: float | None,
+    buffers: int,
 ) -> tuple[int, list[str]]:
-    """Bytes of a GPU, and what for. `share`: what a vLLM engine fills; None for torch engines."""
+    """Bytes of a GPU, and what for. `share`: what a vLLM engine fills; None for torch engines. `buffers`: of published
+    weights."""
     sizes = {}
     if gpu in placement.trainer:
         sizes["trainer rank"] = sum(trainer.values())
+    if buffers:
+        sizes["published weights"] = buffers
     for role, blocks in (("learner", placement.learner), ("explorer", placement.explorer)):
         count = sum(gpu in block for block in blocks)
         if count and role in needs:
@@ -122,9 +133,9 @@ def _engine_line(need: EngineNeed, vllm: bool) -> str:
     )
 
 
-def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: bool) -> str:
+def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: bool, buffers: int) -> str:
     """What would make it smaller, the largest gain first; what is in use already is left out."""
-    learner, options = config.learner, []
+    learner, options = config.learner, ["rollout.weights=memory"] if buffers else []
     if trains and not learner.gradient_checkpointing and trainer.get("activations", 0) > sum(trainer.values()) // 10:
         options.append("learner.gradient_checkpointing=true")
     if trains and learner.gradient_checkpointing and learner.recompute == "selective":

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from core.schema import Completion, Source
+from core.schema import Completion
 from rollout.access import why_silent
+from rollout.ended import Ended
 from rollout.frame import FrameError, session_of
 from rollout.inbox import Inbox, Task
 from rollout.messages import (
@@ -40,16 +41,6 @@ _FRAME_MESSAGES = 1024
 _SILENCES = 3  # times liveness_s
 
 
-class Ended(Exception):
-    """The session is over: the main thread leaves whatever it does."""
-
-    def __init__(
-        self, kind: Literal["stop", "refused", "rejoin", "silent", "failed"], reason: str, role: Source | None = None
-    ) -> None:
-        super().__init__(f"{kind}: {reason}")
-        self.kind, self.reason, self.role = kind, reason, role  # role: the one to join with next
-
-
 class Courier:
     """One session with the trainer. Its methods are for the main thread; `Ended` is raised by all that wait or report.
 
@@ -69,12 +60,10 @@ class Courier:
         self._hello_beat = 0  # first beat that carried it
         self._ended: Ended | None = None
         self._leaving: str | None = None
-        self._outbox = Outbox(1)
-        self._inbox = Inbox()
+        self._outbox, self._inbox = Outbox(1), Inbox()
         self._newest: Weights | None = None
         self._doing, self._progress, self._beat = "loading", 0, 0
-        self._heard_s = time.monotonic()
-        self._silence_s = patience_s
+        self._heard_s, self._silence_s = time.monotonic(), patience_s
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._thread.start()
 
@@ -106,6 +95,15 @@ class Courier:
         """Weights newer than the engine's, if any were published. Called at every decode step, so it takes no lock."""
         newest = self._newest
         return newest if newest is not None and newest.version > self._inbox.loaded else None
+
+    def newer_than(self, version: int) -> Weights:
+        """Wait for weights newer than these: the trainer is writing them."""
+        with self._changed:
+            doing, self._doing = self._doing, f"waiting for weights newer than {version}"
+            self._wait(lambda: self._newest is not None and self._newest.version > version)
+            self._doing = doing
+            assert self._newest is not None
+            return self._newest
 
     def loaded(self, version: int) -> None:
         """These weights are in the engine."""

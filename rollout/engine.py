@@ -54,6 +54,14 @@ class Engine(Protocol):
         """
         ...
 
+    def load_shared(self, file: Path, *, version: int, digest: str) -> None:
+        """The same from a buffer in the memory of the trainer's device, which `file` describes.
+
+        Overwritten (rollout.shared_weights) where the trainer wrote a later version meanwhile: the engine then holds
+        parts of two, and must be given the later one before it generates. RuntimeError where the buffer cannot be read.
+        """
+        ...
+
     def close(self) -> None:
         """Free the engine's memory."""
         ...

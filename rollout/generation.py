@@ -14,6 +14,7 @@ from rollout.courier import Courier
 from rollout.engine import Engine, Request, Sampled
 from rollout.fingerprint import file_digest
 from rollout.messages import Lease, Weights
+from rollout.shared_weights import Overwritten
 
 _ELSEWHERE = (
     "; it lies in the memory of the trainer's process: that has ended, or this worker is not of its user, on its "
@@ -32,10 +33,24 @@ class Generator:
         self.version = 0
 
     def load(self, weights: Weights) -> None:
-        """Replace the engine's weights. RuntimeError where the file is not the one that was published."""
-        with _published(weights) as file:
-            self.engine.load_weights(file, version=weights.version)
+        """Replace the engine's weights. RuntimeError where what is read is not what was published: Overwritten
+        (rollout.shared_weights) where it is a later version by now, which has to be loaded before anything else."""
+        if weights.shared:
+            self.engine.load_shared(Path(weights.file), version=weights.version, digest=weights.digest)
+        else:
+            with _published(weights) as file:
+                self.engine.load_weights(file, version=weights.version)
         self.version = weights.version
+
+    def update(self, weights: Weights, courier: Courier) -> None:
+        """Load these weights, or the next ones where the trainer has begun to write over them, and say so."""
+        while True:
+            try:
+                self.load(weights)
+            except Overwritten:
+                weights = courier.newer_than(weights.version)
+            else:
+                return courier.loaded(self.version)
 
     def serve(self, lease: Lease, courier: Courier) -> None:
         """Generate a lease as one batch and deliver its completions, each as soon as it is finished.
@@ -49,8 +64,7 @@ class Generator:
             courier.on_progress(tokens)
             weights = courier.newer_weights() if takes_new else None
             if weights is not None:
-                self.load(weights)
-                courier.loaded(self.version)
+                self.update(weights, courier)
 
         started_s, first_version = time.monotonic(), self.version
         for sampled in self.engine.generate(requests, lease.sampling, on_progress=on_progress):

@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from core.schema import Completion, Sampling, Source
 
-SCHEMA_VERSION = 2  # in the header of every frame (rollout.frame)
+SCHEMA_VERSION = 3  # in the header of every frame (rollout.frame)
 
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Text = Annotated[str, Meta(max_length=4000)]
@@ -133,8 +133,9 @@ class Weights(Message, frozen=True, kw_only=True):
     """New learner weights: load them before any lease that asks for `version`."""
 
     version: int
-    file: str  # safetensors, readable by the worker
-    digest: str  # rollout.fingerprint.file_digest of it
+    file: str  # safetensors, readable by the worker; with `shared`, what says where the trainer's buffer is
+    digest: str  # rollout.fingerprint.file_digest of it, or rollout.shared_weights.digest_of what is in the buffer
+    shared: bool = False  # they lie in memory of the trainer's device (rollout.shared_weights)
 
 
 class Deliver(Message, frozen=True, kw_only=True):

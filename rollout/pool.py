@@ -112,9 +112,9 @@ class WorkerPool:
             self._hub.frame_bytes([Grant(lease=lease)])
         self._errands.send(lambda: self._submit(leases))
 
-    def publish_weights(self, version: int, file: Path, digest: str) -> None:
-        """Learner workers load this safetensors file before leases that ask for `version`. Versions only rise."""
-        weights = Weights(version=version, file=str(file.absolute()), digest=digest)  # what /proc links to is no path
+    def publish_weights(self, version: int, file: Path, digest: str, *, shared: bool = False) -> None:
+        """Learner workers load these (messages.Weights) before leases that ask for `version`. Versions only rise."""
+        weights = Weights(version=version, file=str(file.absolute()), digest=digest, shared=shared)  # unresolved
         self._errands.send(lambda: self._publish(weights))
 
     def hand_over(self, *names: str) -> None:

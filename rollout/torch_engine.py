@@ -10,6 +10,7 @@ import torch
 
 from core.schema import Sampling
 from rollout.engine import Request, Sampled
+from rollout.shared_weights import SharedWeights, require_whole
 from rollout.torch_batch import Batch, GrowingBatch, Prompts, StaticBatch
 from rollout.torch_model import TorchModel
 from rollout.torch_sampling import draw, row_keys, uniforms
@@ -56,6 +57,13 @@ class TorchEngine:
         """
         self._model.weights.load([Path(file)])
         self.version = self.version + 1 if version is None else version
+
+    def load_shared(self, file: Path, *, version: int, digest: str) -> None:
+        """Replace all weights by those in a buffer of the trainer's device. Errors: as `Engine.load_shared` says."""
+        with SharedWeights(file, version=version, digest=digest, device=self._model.device) as shared:
+            self._model.weights.take(shared.shapes, shared.read, where=file)
+            require_whole([shared.outcome()], version=version)
+        self.version = version
 
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards."""

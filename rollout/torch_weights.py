@@ -4,7 +4,7 @@ Shapes: E hidden size, V vocabulary, L layers, H query heads, K key-value heads,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,10 +198,8 @@ class Weights:
                 views[prefix + "self_attn.k_norm.weight"] = (pairs[-1:], (s.head_dim,))
         return views
 
-    @torch.inference_mode()
     def load(self, files: Sequence[Path]) -> None:
         """Replace all weights in place; nothing is changed where a name or a shape is wrong (ValueError)."""
-        views = self._destinations()
         with ExitStack() as stack:
             found: dict[str, Any] = {}
             for file in files:
@@ -210,17 +208,23 @@ class Weights:
             if self.shape.tied:
                 # Some writers store the tied matrix twice.
                 found.pop("lm_head.weight", None)
+            shapes = {name: tuple(reader.get_slice(name).get_shape()) for name, reader in found.items()}
             where = files[0].parent if len(files) > 1 else files[0]
-            if found.keys() != views.keys():
-                missing, unknown = sorted(views.keys() - found.keys()), sorted(found.keys() - views.keys())
-                raise ValueError(f"{where}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")
-            for name, (_, size) in views.items():
-                if (stored := tuple(found[name].get_slice(name).get_shape())) != size:
-                    raise ValueError(f"{where}: {name} has shape {stored}, the model needs {size}")
-            for name, (view, size) in views.items():
-                tensor = found[name].get_tensor(name)
-                # A norm of queries has one vector in the file and one row per head here.
-                view.copy_(tensor.view(view.shape[-2:] if size == (self.shape.head_dim,) else view.shape))
+            self.take(shapes, lambda name: found[name].get_tensor(name), where=where)
+
+    @torch.inference_mode()
+    def take(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], *, where: Path) -> None:
+        """The same from what `read` gives for each name; `where` they come from, for the error."""
+        views = self._destinations()
+        if shapes.keys() != views.keys():
+            missing, unknown = sorted(views.keys() - shapes.keys()), sorted(shapes.keys() - views.keys())
+            raise ValueError(f"{where}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")
+        for name, (_, size) in views.items():
+            if (stored := shapes[name]) != size:
+                raise ValueError(f"{where}: {name} has shape {stored}, the model needs {size}")
+        for name, (view, size) in views.items():
+            # A norm of queries has one vector in the file and one row per head here.
+            view.copy_(read(name).view(view.shape[-2:] if size == (self.shape.head_dim,) else view.shape))
 
 
 def _open(file: Path) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from core.schema import Sampling
 from rollout.engine import Request, Sampled
+from rollout.shared_weights import require_whole, shared_shapes
 from rollout.vllm_weights import ModelFiles
 
 DTYPES = ("float32", "bfloat16")
@@ -98,6 +99,15 @@ class VllmEngine:
         self._forget(running=True)
         self.version = self.version + 1 if version is None else version
         self._engine.set_weight_version(str(self.version))
+
+    def load_shared(self, file: Path, *, version: int, digest: str) -> None:
+        """Replace all weights by those in a buffer of the trainer's device, from which each of vLLM's processes reads;
+        `Engine.load_shared` says what it raises."""
+        self._files.require(shared_shapes(file, version=version), file)
+        require_whole(self._engine.collective_rpc("load_shared", args=(str(file), version, digest)), version=version)
+        self._forget(running=True)
+        self.version = version
+        self._engine.set_weight_version(str(version))
 
     def close(self) -> None:
         """Free the engine's memory and end its processes; the engine cannot be used afterwards."""

@@ -1,12 +1,14 @@
 """A model directory as the vLLM engine sees it, and new weights for a running vLLM. Imports no vLLM."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from rollout.shared_weights import SharedWeights
 from rollout.torch_weights import weight_files
 
 Shapes = dict[str, tuple[int, ...]]
@@ -15,16 +17,30 @@ Shapes = dict[str, tuple[int, ...]]
 class WeightLoading:
     """A method for vLLM's worker class (its `worker_extension_cls`), one worker for each tensor-parallel rank.
 
-    What it relies on: `reload_weights` and `model_runner` of the worker, as of vLLM 0.32.
+    What it relies on: `reload_weights`, `model_runner` and `device` of the worker, as of vLLM 0.32.
     """
 
     reload_weights: Any
     model_runner: Any
+    device: Any
 
     def load_safetensors(self, file: str) -> None:
         """Replace the weights by those of a file with Hugging Face names; a rank keeps its own part of each tensor."""
         with safe_open(file, framework="pt", device="cpu") as reader:
-            self.reload_weights(weights_iterator=((name, reader.get_tensor(name)) for name in list(reader.keys())))
+            self._reload((name, reader.get_tensor(name)) for name in list(reader.keys()))
+
+    def load_shared(self, file: str, version: int, digest: str) -> str:
+        """The same from a buffer of the trainer's device: `SharedWeights.outcome`, since what is raised here reaches
+        the engine as another error. A tensor may be needed until its layer is complete, so each has its own memory."""
+        try:
+            with SharedWeights(Path(file), version=version, digest=digest, device=self.device) as shared:
+                self._reload(shared.tensors())
+                return shared.outcome()
+        except RuntimeError as error:
+            return str(error) or repr(error)  # no text would mean WHOLE
+
+    def _reload(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.reload_weights(weights_iterator=tensors)
         # On CPU every product owns a packed copy of its weight. A tied output layer has no tensor of its own in the
         # file, so vLLM does not pack it again: it would go on with the old weights.
         head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
@@ -55,8 +71,11 @@ class ModelFiles:
         return asked or self._positions
 
     def check(self, file: Path) -> None:
-        """Raise ValueError unless the file holds this model's tensors: vLLM keeps old values where one is missing."""
-        found = self._read([file])
+        """Raise ValueError unless the file holds this model's tensors."""
+        self.require(self._read([file]), file)
+
+    def require(self, found: Mapping[str, tuple[int, ...]], file: Path) -> None:
+        """Raise ValueError unless `found` are this model's tensors: vLLM keeps old values where one is missing."""
         if found.keys() != self._shapes.keys():
             missing, unknown = sorted(self._shapes.keys() - found.keys()), sorted(found.keys() - self._shapes.keys())
             raise ValueError(f"{file}: not this model's weights: missing {missing[:3]}, unknown {unknown[:3]}")

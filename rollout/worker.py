@@ -21,7 +21,8 @@ from typing import Any
 
 from core.schema import Source
 from core.standard_streams import keep_going
-from rollout.courier import Courier, Ended
+from rollout.courier import Courier
+from rollout.ended import Ended
 from rollout.endpoints import resolve
 from rollout.engine import Engine, engine_kind
 from rollout.fingerprint import fingerprints
@@ -127,8 +128,7 @@ class Worker:
         while True:
             task = courier.next_task()
             if task.weights is not None:
-                generator.load(task.weights)
-                courier.loaded(generator.version)
+                generator.update(task.weights, courier)
             generator.serve(task.lease, courier)
 
     def _load(self, welcome: Welcome, model_dir: Path) -> Generator:

@@ -59,8 +59,11 @@ class Backend(Protocol):
         gradient that is not finite is not finite either.
         """
 
-    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, or those that train, whole, by its name in the model; a tied one once."""
+    def weights(self, *, trained: bool = False, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, or those that train, whole, by its name in the model; a tied one once.
+
+        `on_host`: what is gathered only for this comes in host memory, so that a device never holds all of it.
+        """
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """What a resumed run needs besides the weights: `exp_avg.NAME`, `exp_avg_sq.NAME` and, below fp32,
@@ -121,7 +124,7 @@ class TorchBackend:
         self.optimizer.spent = True
         return value
 
-    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, *, trained: bool = False, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
         """The parameters themselves."""
         for name, parameter in (self.optimizer.parameters if trained else self.parameters).items():
             yield name, parameter.detach()

@@ -28,6 +28,7 @@ from trainer.correction import needs_explorer_scores
 from trainer.lora import require_peft
 from trainer.model_files import check_model_files, read_config
 from trainer.pretrain import Recipe, build_model
+from trainer.published import memory_is_shared
 from trainer.sequence_parallel import check_heads
 from trainer.trackers import require_trackers
 
@@ -52,7 +53,10 @@ def check_start(config: Config, place: Place) -> None:
     check_config(config, place.size)
     check_paths(config)
     models = _models(config)
-    checks: list[Callable[[], None]] = [partial(_check_libraries, config, place)]
+    checks: list[Callable[[], None]] = [
+        partial(_check_libraries, config, place),
+        partial(_check_weights, config, place),
+    ]
     checks += [partial(check_model_files, Path(name), key) for key, name in models if not name.startswith(EMBEDDED)]
     _raise_all(checks)
     configs = {key: _model_config(name, key) for key, name in models}
@@ -117,6 +121,14 @@ def _check_libraries(config: Config, place: Place) -> None:
         raise ValueError(
             'learner.kernels = "triton" needs a GPU and the learner trains on the CPU: use learner.kernels=auto, '
             "which is torch there"
+        )
+
+
+def _check_weights(config: Config, place: Place) -> None:
+    if place.generates and config.rollout.weights == "device" and not memory_is_shared():
+        raise ValueError(
+            'rollout.weights = "device" needs memory files and /proc (Linux), which this system lacks: use '
+            "rollout.weights=files"
         )
 
 

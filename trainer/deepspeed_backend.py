@@ -124,12 +124,13 @@ class DeepSpeedBackend:
         self.updates += self.adamw.open and math.isfinite(norm)
         return norm
 
-    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Stages 0 to 2 hold them whole; stage 3 gathers one after the other."""
+    def weights(self, *, trained: bool = False, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Stages 0 to 2 hold them whole; stage 3 gathers one after the other, and gives copies."""
         for name, parameter in (self.trained if trained else self.parameters).items():
             gathered = self.deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
             with gathered:
-                yield name, parameter.detach().cpu() if self.stage == 3 else parameter.detach()
+                whole = parameter.detach()
+                yield name, whole if self.stage < 3 else whole.cpu() if on_host else whole.clone()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Gathered one tensor after the other."""

@@ -20,16 +20,25 @@ from rollout.engine import engine_kind
 class Devices(NamedTuple):
     """The placement of this node and what CUDA_VISIBLE_DEVICES held when it was made.
 
+    `shared`: the GPU in whose memory workers read new weights (rollout.weights = "device").
+
     Example: Devices(placement=Placement(), inherited=None)
     """
 
     placement: Placement = Placement()
     inherited: str | None = None
+    shared: int | None = None
 
     def of_worker(self, role: Source, index: int) -> str | None:
-        """CUDA_VISIBLE_DEVICES of a worker process; None where it inherits the trainer's."""
+        """CUDA_VISIBLE_DEVICES of a worker process; None where it inherits the trainer's.
+
+        `shared` comes last, so that the worker's own GPUs keep their numbers.
+        """
         blocks = self.placement.learner if role is Source.LEARNER else self.placement.explorer
-        return visible_devices(blocks[index], self.inherited) if blocks else None
+        if not blocks:
+            return None
+        others = () if self.shared is None or self.shared in blocks[index] else (self.shared,)
+        return visible_devices([*blocks[index], *others], self.inherited)
 
     def for_workers(self, config: Config) -> Config:
         """The configuration with what one engine may fill of a GPU, which workers are told."""
@@ -54,7 +63,7 @@ def take_gpus(config: Config) -> Devices:
             raise ConfigError(f"placement.trainer = {list(first)} comes too late: this process already uses CUDA")
         others = [gpu for gpu in range(placement.gpus) if gpu not in first]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([*first, *others], inherited)
-    return Devices(placement, inherited)
+    return Devices(placement, inherited, first[0] if first and config.rollout.weights == "device" else None)
 
 
 def find_placement(config: Config) -> Placement:
@@ -67,7 +76,10 @@ def find_placement(config: Config) -> Placement:
 def memory_report(
     config: Config, placement: Placement, learner_dir: Path, explorer_dir: Path | None, *, ranks: int
 ) -> list[str]:
-    """What every process and GPU of this node will hold. ConfigError where a GPU cannot hold it."""
+    """What every process and GPU of this node will hold. ConfigError where a GPU cannot hold it, or cannot read what
+    it has to."""
+    if config.rollout.weights == "device":
+        _require_peers(config, placement)
     try:
         learner = _shape(learner_dir)
         explorer = _shape(explorer_dir) if explorer_dir is not None else None
@@ -82,8 +94,25 @@ def _shape(directory: Path) -> ModelShape:
     return model_shape(json.loads((directory / "config.json").read_text("utf-8")))
 
 
+def _order(placement: Placement) -> list[int]:
+    """The placement's numbers in the order of `take_gpus`, in which torch counts."""
+    return [*placement.trainer, *(gpu for gpu in range(placement.gpus) if gpu not in placement.trainer)]
+
+
 def _gpu_bytes(placement: Placement) -> list[int]:
-    """Total memory by the placement's numbers; torch counts in the order of `take_gpus`."""
-    order = [*placement.trainer, *(gpu for gpu in range(placement.gpus) if gpu not in placement.trainer)]
-    sizes = {gpu: int(torch.cuda.get_device_properties(number).total_memory) for number, gpu in enumerate(order)}
-    return [sizes[gpu] for gpu in range(placement.gpus)]
+    """Total memory by the placement's numbers."""
+    properties = {gpu: torch.cuda.get_device_properties(number) for number, gpu in enumerate(_order(placement))}
+    return [int(properties[gpu].total_memory) for gpu in range(placement.gpus)]
+
+
+def _require_peers(config: Config, placement: Placement) -> None:
+    """ConfigError where a GPU that generates with the learner's weights cannot read rank 0's memory."""
+    explorers = placement.explorer if config.rollout.roles == "handover" else ()
+    order = _order(placement)
+    for gpu in sorted({gpu for block in (*placement.learner, *explorers) for gpu in block} - {*placement.trainer[:1]}):
+        if not torch.cuda.can_device_access_peer(order.index(gpu), 0):
+            raise ConfigError(
+                f'rollout.weights = "device": GPU {gpu}, which generates, cannot read the memory of GPU {order[0]}, '
+                "where rank 0 trains (no peer access between them): use rollout.weights=memory, or other GPUs "
+                "(placement.trainer, placement.learner)"
+            )

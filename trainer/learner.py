@@ -29,6 +29,7 @@ from trainer.recompute import enable_gradient_checkpointing
 from trainer.scorer import Scorer
 from trainer.signals import alive
 from trainer.tensor_files import TensorFiles, gather, write_file, write_files, write_stream
+from trainer.weight_buffers import WeightBuffer, buffer_bytes
 from trainer.world import World
 
 STATE_FORMAT = 2
@@ -57,6 +58,7 @@ class Learner:
     ) -> None:
         self.config, self.world = config, world
         self.model, self.tokenizer = model, tokenizer
+        self.weights_bytes = buffer_bytes(model.parameters())
         self.backend = make_backend(model, config.learner, world)
         self.adapter = adapter
         self.reference = self.backend.frozen(reference) if reference is not None else None
@@ -163,13 +165,15 @@ class Learner:
         metrics["learning_rate"] = self._updates[-1]["learning_rate"] if self._updates else 0.0
         return metrics
 
-    def write_weights(self, stream: BinaryIO | None) -> None:
-        """Write the weights as one safetensors file with Hugging Face names into an empty stream.
+    def write_weights(self, target: BinaryIO | WeightBuffer | None) -> None:
+        """Write the weights with Hugging Face names into a buffer, or as one safetensors file into an empty stream.
 
         All that saves is a collective: every rank calls it, and None takes part and writes nothing.
         """
-        tensors = whole_weights(self.backend, self.adapter, keep=stream is not None)
-        write_stream(tensors, stream, [name for name, _ in self.model.named_parameters()])
+        tensors = whole_weights(self.backend, self.adapter, keep=target is not None, on_host=False)
+        if isinstance(target, WeightBuffer):
+            return target.fill(tensors)
+        write_stream(tensors, target, [name for name, _ in self.model.named_parameters()])
 
     def save_model(self, directory: Path | None) -> None:
         """Write a directory that transformers and vLLM load: weights, configs, tokenizer."""

@@ -66,11 +66,11 @@ class Adapter:
 
         return base
 
-    def merged(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, weights: Iterable[tuple[str, Tensor]], *, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
         """The whole model's weights by the names it had without adapters, in its dtype, summed in fp32.
 
-        `weights` are all parameters in the model's order, in which A and B follow the layer they belong to. What was
-        adapted comes in host memory: the device holds no second model.
+        `weights` are all parameters in the model's order, in which A and B follow the layer they belong to. `on_host`:
+        what was adapted comes in host memory, so that the device holds no second model.
         """
         held: dict[str, Tensor] = {}
         for name, tensor in weights:
@@ -82,7 +82,8 @@ class Adapter:
             held[part] = tensor.float()
             if len(held) == len(_PARTS):
                 weight, a, b = (held.pop(part) for part in _PARTS)
-                yield plain, (weight + self.scale * (b @ a)).to(tensor.dtype).cpu()
+                whole = (weight + self.scale * (b @ a)).to(tensor.dtype)
+                yield plain, whole.cpu() if on_host else whole
         assert not held, "an adapter does not follow its layer"
 
     def save(self, backend: Backend, directory: Path | None) -> None:
@@ -103,10 +104,13 @@ class Adapter:
                 parameter.data.copy_(reader.get_tensor(name))
 
 
-def whole_weights(backend: Backend, adapter: Adapter | None, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(
+    backend: Backend, adapter: Adapter | None, *, keep: bool, on_host: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its Hugging Face name, merged with the adapter; a collective, to be used up on every rank.
 
-    `keep`: this rank uses the values, which need not be merged elsewhere.
+    `keep`: this rank uses the values, which need not be merged elsewhere. `on_host`: as `Backend.weights`; False where
+    each tensor is used before the next.
     """
-    weights = backend.weights()
-    return adapter.merged(weights) if adapter is not None and keep else weights
+    weights = backend.weights(on_host=on_host)
+    return adapter.merged(weights, on_host=on_host) if adapter is not None and keep else weights

@@ -11,8 +11,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
+from core.config import Config
 from core.memory import PUBLISHED_VERSIONS
 from rollout.fingerprint import file_digest
+from trainer.weight_buffers import WeightBuffers
+
+
+def open_weights(
+    config: Config, run_dir: Path, size: int, device: torch.device, say: Callable[[str], None]
+) -> "PublishedWeights | WeightBuffers":
+    """Where `rollout.weights` wants them. `size`: Learner.weights_bytes; `say` is told where that cannot be.
+
+    Example: open_weights(config, run_dir, learner.weights_bytes, world.device, console.say)
+    """
+    # Made in any case: what an earlier start left in the directory is deleted.
+    published = PublishedWeights(run_dir / "weights", in_memory=config.rollout.weights != "files")
+    if config.rollout.weights == "device":
+        return WeightBuffers(size, device)
+    if config.rollout.weights == "memory" and not published.in_memory:
+        say(f"this system has no shared memory files: new weights are files in {published.directory}")
+    return published
 
 
 class PublishedWeights:

@@ -23,6 +23,7 @@ from trainer.devices import memory_report, take_gpus
 from trainer.evaluate import summarise
 from trainer.learner import Learner, NonFiniteUpdatesError
 from trainer.materials import load_materials, role_terms
+from trainer.published import open_weights
 from trainer.record import Recorder
 from trainer.replay import compare, open_stream, recorded_part
 from trainer.run_directory import RunDirectory
@@ -189,6 +190,7 @@ class Session:
             on_wait=self._waiting,
             on_event=console.say,
             devices=self.devices,
+            weights=open_weights(self.config, self.path, self.learner.weights_bytes, self.world.device, console.say),
         )
         self._closing.callback(rollouts.close)
         if rollouts.reuse is not None:

@@ -27,6 +27,7 @@ from trainer.published import PublishedWeights
 from trainer.run_directory import RunDirectory
 from trainer.signals import SIGNALS, Stopped
 from trainer.timeline import Stages
+from trainer.weight_buffers import WeightBuffers
 from trainer.world import World
 
 NO_GPUS = Devices()
@@ -47,13 +48,11 @@ class Rollouts:
         on_wait: Callable[[str, float], None],
         on_event: Callable[[str], None] = lambda line: None,
         devices: Devices = NO_GPUS,
+        weights: PublishedWeights | WeightBuffers,
     ) -> None:
-        self.devices, self.incarnation = devices, directory.incarnation
+        self.devices, self.weights, self.incarnation = devices, weights, directory.incarnation
         self.config, self.demand, self.path = config, demand, directory.path
         self.ledger = Ledger()
-        self.weights = PublishedWeights(directory.path / "weights", in_memory=config.rollout.weights == "memory")
-        if config.rollout.weights == "memory" and not self.weights.in_memory:
-            on_event(f"this system has no shared memory files: new weights are files in {self.weights.directory}")
         self.buffer = ReplayBuffer(self.ledger, max_bytes=config.stream.buffer_mb << 20)
         self.pool = WorkerPool(
             devices.for_workers(config),
@@ -102,7 +101,7 @@ class Rollouts:
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
         file, digest = self.weights.write(learner.step, learner.write_weights)
-        self.pool.publish_weights(learner.step, file, digest)
+        self.pool.publish_weights(learner.step, file, digest, shared=isinstance(self.weights, WeightBuffers))
 
     def collect(self, step: int, first: int, prompts: int | None) -> _Part:
         """Groups of `step`, as `Mixer.collect` gives them, and whether they are its last. Once nothing is wanted of the

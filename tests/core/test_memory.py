@@ -212,3 +212,31 @@ def test_on_cpu_it_only_tells() -> None:
         config("rollout.weights=files"), Placement(), [], learner=LARGE, explorer=None, ranks=1, vllm=False
     )
     assert files == [lines[0], lines[2]]
+
+
+def test_two_versions_in_device_memory_count_on_the_gpu_of_rank_0() -> None:
+    """2 x 15.3 GiB in bf16; workers read them there and hold none."""
+    words = ("learner.backend=deepspeed", "learner.zero_stage=3")
+    placement = place(config(*words), 8, ranks=4)
+
+    def told(where: str, gib: int = 96) -> list[str]:
+        chosen, sizes = config(*words, f"rollout.weights={where}"), [gib * GIB] * 8
+        return preflight(chosen, placement, sizes, learner=LARGE, explorer=SMALL, ranks=4, vllm=True)
+
+    memory, device = told("memory"), told("device")
+    assert "memory of GPU 0 beside rank 0: 30.5 GiB of published weights, two versions (rollout.weights)" in device
+    assert not any(line.startswith("host memory of rank 0") for line in device)
+    changed = [line for line in device if line.startswith("GPU ") and line not in memory]
+    assert [line.partition(" ")[2][0] for line in changed] == ["0"]
+    assert changed[0].endswith(" + published weights 30.5 GiB")
+    assert held(changed[0]) == pytest.approx(held(next(line for line in memory if "GPU 0 (" in line)) + 30.5, abs=0.11)
+    with pytest.raises(ConfigError) as raised:
+        told("device", 80)
+    (line,) = [line for line in str(raised.value).splitlines() if line.startswith("GPU 0 has 80.0 GiB")]
+    assert "published weights 30.5 GiB" in line
+    assert "rollout.weights=memory" in line
+
+
+def held(line: str) -> float:
+    """GiB of a GPU's line."""
+    return float(line.partition("): ")[2].split()[0])

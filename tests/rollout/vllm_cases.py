@@ -21,7 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from core.schema import Sampling
 from rollout.engine import Request, Sampled
+from rollout.shared_weights import Overwritten
 from rollout.vllm_engine import VllmEngine
+from trainer.weight_buffers import WeightBuffers, buffer_bytes
 
 pytestmark = [
     # vLLM's own imports and its CPU worker warn; its log level is ERROR, so nothing else shows.
@@ -325,6 +327,40 @@ def test_reloads_do_not_grow_memory(tied: Family) -> None:
     assert grown < 4e6, f"20 reloads of a model of 0.9 MB took {grown} bytes"
 
 
+def check_shared_weights(group: Family) -> None:
+    """What a buffer gives is what the file gives; what was written over or is damaged is told. On the CPU only: a
+    process cannot open the GPU memory that it exported itself."""
+    tensors = [load_file(file, device=DEVICE) for file in group.files]
+    buffers = WeightBuffers(buffer_bytes(tensors[0].values()), torch.device(DEVICE))
+    published = {}
+    for version, index in ((21, 1), (22, 2), (23, 0)):
+        file, digest = buffers.write(version, lambda buffer, index=index: buffer.fill(iter(tensors[index].items())))
+        published[version] = {"file": file, "version": version, "digest": digest}
+        group.engine.load_shared(**published[version])
+        assert group.engine.version == version
+        found = list(group.engine.generate(REQUESTS, SAMPLING))
+        assert_parity(group.models[index], REQUESTS, found)
+        group.engine.load_weights(group.files[index], version=version)
+        assert by_name(list(group.engine.generate(REQUESTS, SAMPLING))) == by_name(found)
+    with pytest.raises(RuntimeError, match="weights 22: what arrived has digest"):
+        group.engine.load_shared(**published[22] | {"digest": "0" * 64})
+    with pytest.raises(Overwritten):
+        group.engine.load_shared(**published[21])
+    group.engine.load_shared(**published[23])
+    assert_parity(group.models[0], REQUESTS, list(group.engine.generate(REQUESTS, SAMPLING)))
+    buffers.close()
+    with pytest.raises(RuntimeError, match=r"cannot be read .*rollout\.weights=memory"):
+        group.engine.load_shared(**published[23])
+
+
+def test_tied_weights_come_from_memory_of_the_trainer_s_device(tied: Family) -> None:
+    check_shared_weights(tied)
+
+
+def test_untied_weights_come_from_memory_of_the_trainer_s_device(untied: Family) -> None:
+    check_shared_weights(untied)
+
+
 @pytest.mark.gpu
 def test_refused_weights_change_nothing(tied: Family, untied: Family, tmp_path: Path) -> None:
     before = by_name(list(tied.engine.generate(REQUESTS, SAMPLING)))
@@ -464,5 +500,6 @@ def test_tensor_parallel_workers_take_their_parts_of_new_weights(closed: Family)
     assert_parity(closed.models[0], REQUESTS, list(engine.generate(REQUESTS, SAMPLING)))
     check_updates(group)
     check_update_in_flight(group)
+    check_shared_weights(group)
     engine.close()
     assert not [child for child in psutil.Process().children() if "Worker" in child.name()]

@@ -217,3 +217,19 @@ def test_resume_is_offered_where_there_is_a_checkpoint(
     (tmp_path / "run" / "checkpoints" / "step_2").mkdir(parents=True)
     assert main(words) == 1
     assert capsys.readouterr().err == "s2l-po: waited 600 s (--resume continues from the last checkpoint)\n"
+
+
+def test_device_weights_need_memory_files_where_rollouts_are_made(
+    refused: Refused, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(where: str, place: Place = CPU) -> None:
+        check_start(parse_command(arguments(root, tmp_path / "run", rollout__weights=where)).config, place)
+
+    start("device")
+    monkeypatch.setattr("trainer.checks.memory_is_shared", lambda: False)
+    said = refused(rollout__weights="device")
+    assert said.startswith('rollout.weights = "device" needs memory files and /proc (Linux)')
+    assert said.endswith("use rollout.weights=files")
+    for where in ("memory", "files"):
+        start(where)
+    start("device", CPU._replace(generates=False))

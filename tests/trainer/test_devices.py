@@ -82,3 +82,47 @@ def test_each_gpu_s_own_memory_counts(eight_gpus: None, monkeypatch: pytest.Monk
     report = memory_report(config, find_placement(config), tmp_path, tmp_path, ranks=1)
     assert any(line.startswith("GPU 3 (80.0 GiB)") for line in report)
     assert any(line.startswith("GPU 0 (40.0 GiB)") for line in report)
+
+
+def test_workers_see_the_gpu_of_shared_weights_last_and_once(eight_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last: the worker's own GPUs keep their numbers."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "10,11,12,13,14,15,16,17")
+    words = ["placement.trainer=[6]", "placement.learner=[0, 6]", "placement.explorer=[7]", "rollout.processes=2"]
+    devices = take_gpus(load_config(None, [*words, "rollout.weights=device"]))
+    assert devices.shared == 6
+    assert [devices.of_worker(Source.LEARNER, index) for index in (0, 1)] == ["10,16", "16"]
+    assert devices.of_worker(Source.EXPLORER, 0) == "17,16"  # it may be handed over
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "10,11,12,13,14,15,16,17")
+    devices = take_gpus(load_config(None, words))
+    assert devices.shared is None
+    assert devices.of_worker(Source.LEARNER, 0) == "10"
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["rollout.weights=device"], 5),
+        (["rollout.weights=device", "placement.trainer=[5]", "placement.learner=[4]"], None),
+        (["rollout.weights=device", "placement.trainer=[6]", "placement.learner=[6]"], None),
+        (["rollout.weights=device", "rollout.roles=handover", "placement.learner=[4]"], 5),
+        (["rollout.weights=device", "rollout.roles=handover", "placement.explorer=[7]", "placement.learner=[4]"], None),
+        (["rollout.weights=memory"], None),
+    ],
+)
+def test_gpus_that_cannot_read_rank_0_s_memory_are_refused(
+    eight_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], refused: int | None
+) -> None:
+    """Here GPU 5 and the trainer's cannot reach each other; torch counts the trainer's first."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    defaults = ["placement.trainer=[6]", "placement.learner=[5]", "placement.explorer=[5]"]
+    config = load_config(None, [*defaults, *words])
+    placement = find_placement(config)
+    order = [*placement.trainer, *(gpu for gpu in range(8) if gpu not in placement.trainer)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, owner: owner == 0 != own and order[own] != 5)
+    if refused is None:
+        assert memory_report(config, placement, tmp_path, tmp_path, ranks=1)
+        return
+    said = rf"GPU {refused}, which generates, cannot read the memory of GPU 6.*use rollout\.weights=memory"
+    with pytest.raises(ConfigError, match=said):
+        memory_report(config, placement, tmp_path, tmp_path, ranks=1)
