@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.allocator import keep_freed_memory
@@ -21,7 +20,7 @@ from trainer.backend import make_backend, read_model
 from trainer.batch import MiniBatch, StepBatch
 from trainer.correction import needs_explorer_scores
 from trainer.lora import Adapter, whole_weights
-from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, overall_metrics
+from trainer.loss_metrics import MAXIMA, SUMS, Tally, measure, over_ranks, overall_metrics
 from trainer.micro_batch import MicroBatch
 from trainer.models import load_tokenizer, save_model, weight_checksum
 from trainer.objective import Scores, policy_objective
@@ -232,7 +231,7 @@ class Learner:
             sums += measured
             maxima = torch.maximum(maxima, highest)
             alive(self.config.stream.starvation_s)  # a long update does not hang
-        return _to_host(self.world.gathered(torch.cat([loss, sums.flatten(), maxima.flatten()])))
+        return over_ranks(self.world.gathered(torch.cat([loss, sums.flatten(), maxima.flatten()])))
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped_updates += 1
@@ -243,11 +242,3 @@ class Learner:
                 f"gradient norm {norm}; lower learner.learning_rate, or look at this step's completions in "
                 f"{rollout_file(Path(self.config.run.dir), self.step + 1)} (the limit: learner.max_nonfinite_updates)"
             )
-
-
-def _to_host(measured_NK: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
-    """Loss and sums added up over N ranks, in their order, and the maxima of all."""
-    values_NK = measured_NK.cpu().numpy()
-    size = 1 + 2 * len(SUMS)
-    added_K, maxima_K = values_NK[:, :size].sum(0), values_NK[:, size:].max(0)
-    return float(added_K[0]), added_K[1:].reshape(2, len(SUMS)), maxima_K.reshape(2, len(MAXIMA))

@@ -90,6 +90,17 @@ def measure(batch: MicroBatch, scores: Scores, outcome: Outcome, correction: Cor
     return sums_SK, maxima_SM
 
 
+def over_ranks(measured_NK: Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """Of [loss, sums, maxima] of N ranks: loss and sums [S, K] added up in their order, and the maxima [S, M] of all.
+
+    Example: loss, sums, maxima = over_ranks(world.gathered(torch.cat([loss, sums.flatten(), maxima.flatten()])))
+    """
+    values_NK = measured_NK.cpu().numpy()
+    size = 1 + 2 * len(SUMS)
+    added_K, maxima_K = values_NK[:, :size].sum(0), values_NK[:, size:].max(0)
+    return float(added_K[0]), added_K[1:].reshape(2, len(SUMS)), maxima_K.reshape(2, len(MAXIMA))
+
+
 class Tally:
     """One step's sums, by the pass they belong to. All arrays are [S, K] or [S, M], fp64."""
 

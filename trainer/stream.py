@@ -101,6 +101,7 @@ class Rollouts:
     def publish(self, learner: Learner) -> None:
         """Hand the learner's weights to the rollout workers; they load them before leases that need them."""
         file, digest = self.weights.write(learner.step, learner.write_weights)
+        self._checksum = float(int(digest[:12], 16))  # 48 bits, which a float holds exactly
         self.pool.publish_weights(learner.step, file, digest, shared=isinstance(self.weights, WeightBuffers))
 
     def collect(self, step: int, first: int, prompts: int | None) -> _Part:
@@ -136,10 +137,10 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """Gauges of the stream for a training line."""
-        resident = self.buffer.resident()
         return {
             "run/start": float(self.incarnation),
-            "buffer/resident": float(sum(resident.values())),
+            "weights/checksum": self._checksum,
+            "buffer/resident": float(sum(self.buffer.resident().values())),
             "buffer/bytes": float(self.buffer.num_bytes),
             **{name: float(value) for name, value in self.ledger.totals().items()},
             **({} if self.reuse is None else self.reuse.metrics()),

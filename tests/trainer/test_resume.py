@@ -36,6 +36,9 @@ def lasting(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def assert_the_same_run(run_dir: Path, reference: Path) -> None:
     assert run_parts.weights_bytes(run_dir) == run_parts.weights_bytes(reference)
+    checksums, whole = ([line["weights/checksum"] for line in training_lines(path)] for path in (run_dir, reference))
+    assert checksums == whole
+    assert len(set(checksums)) == len(checksums)
     assert lasting(training_lines(run_dir)) == lasting(training_lines(reference))
     assert lasting(run_parts.evaluation_lines(run_dir)) == lasting(run_parts.evaluation_lines(reference))
     ours, theirs = (read_rollouts(path, columns=COLUMNS) for path in (run_dir, reference))
