@@ -163,7 +163,7 @@ def test_published_weights_stay_whatever_a_killed_start_left_behind(tmp_path: Pa
         (folder / name).write_text("old")
     publisher = stream()
     publisher.weights = PublishedWeights(folder, in_memory=in_memory)
-    publisher.pool.publish_weights = lambda *told: published.append(told)
+    publisher.pool.publish_weights = lambda *told, shared: published.append(told)
     for step in (3, 4, 5, 6):
         publisher.publish(WritingLearner(step))
         version, file, digest = published[-1]
