@@ -77,7 +77,7 @@ def test_a_step_trains_by_its_mini_batches_and_is_the_same_as_a_whole(
     assert run_parts.weights_bytes(whole) == run_parts.weights_bytes(reference)
     for run_dir, parts in ((reference, 2), (whole, 1)):
         spans = [event for event in read_trace(run_dir) if event["ph"] == "X" and event["name"] == "wait"]
-        assert Counter(span["args"]["step"] for span in spans) == dict.fromkeys(range(1, 7), parts + (parts > 1))
+        assert Counter(span["args"]["step"] for span in spans) == dict.fromkeys(range(1, 7), parts)
 
 
 def test_advantages_are_over_the_combined_group(reference: Path) -> None:
@@ -336,7 +336,7 @@ def test_completions_whose_reward_fails_are_dropped_counted_and_replaced_never_z
     assert line["fault/replaced"] == replaced  # … and counted
     assert line["fault/dropped"] == dropped.total()
     reasons = (run_dir / "logs" / "reward.log").read_text()
-    assert "raised RuntimeError: this prompt can never be scored (run_rewards.py:17)" in reasons
+    assert "raised RuntimeError: this prompt can never be scored (run_rewards.py:20)" in reasons
     assert ": no score within 2 s (reward.timeout_s)" in reasons
 
 
