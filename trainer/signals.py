@@ -47,7 +47,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked = 0
         self._asked_s = 0.0
-        self.training = False
+        self.training, self.alive_s = False, 0.0
 
     def install(self) -> None:
         """Called once, on the main thread, before anything that takes long."""
@@ -65,7 +65,7 @@ class Signals:
     @contextlib.contextmanager
     def between_steps_only(self) -> Iterator[None]:
         """While training: a first signal waits for `check`."""
-        self.training = True
+        self.training, self.alive_s = True, 0.0
         try:
             yield
         finally:
@@ -126,7 +126,9 @@ def show_stacks_of_children() -> None:
 def alive(limit_s: float) -> None:
     """While training: the main thread moves. Unless this is called again within `limit_s` seconds, all stacks of its
     process are shown."""
-    if SIGNALS.training:
+    now = time.monotonic()
+    if SIGNALS.training and now - SIGNALS.alive_s >= limit_s / 100:  # it starts a thread each time
+        SIGNALS.alive_s = now
         faulthandler.dump_traceback_later(limit_s, repeat=True)
 
 

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 
 from core.config import Config
 from core.schema import Group
+from rollout.shared_weights import SharedWeights, require_whole
 from trainer import deepspeed_backend
 from trainer.batch import pack_step
 from trainer.learner import Learner
+from trainer.weight_buffers import WeightBuffers
 from trainer.world import World
 
 
@@ -57,6 +59,23 @@ def in_lines(world, size):
     return replace(world, line=dist.new_subgroups(size)[0], line_size=size) if size > 1 else world
 
 
+def from_buffer(learner, world):
+    """Rank 0's third version in its buffers, as a rollout worker reads it; the other ranks take part."""
+    buffers = WeightBuffers(learner.weights_bytes, world.device) if world.is_main else None
+    for version in (1, 2, 3):
+        if buffers is None:
+            learner.write_weights(None)
+        else:
+            file, digest = buffers.write(version, learner.write_weights)
+    if buffers is None:
+        return {}
+    with SharedWeights(file, version=3, digest=digest, device=world.device) as weights:
+        tensors = dict(weights.tensors())
+        require_whole([weights.outcome()], version=3)
+    buffers.close()
+    return tensors
+
+
 def run(job, model_dir, work, world, steps):
     out = Path(job["out"])
     deepspeed_backend.PERSISTENT_ELEMENTS = job["persistent"]
@@ -77,7 +96,9 @@ def run(job, model_dir, work, world, steps):
             learner.save_state(folder / "trainer" if world.is_main else None)
     with (out / "weights.safetensors").open("wb") if world.is_main else nullcontext() as stream:
         learner.write_weights(stream)
+    shared = from_buffer(learner, world)
     if world.is_main:
+        save_file(shared, out / "shared.safetensors")
         facts = {"metrics": metrics, "updates": learner.backend.updates, "step": learner.step, "whole": whole}
         (out / "facts.json").write_text(json.dumps(facts))
     save_file(dict(learner.backend.state()), out / f"state_{world.rank}.safetensors")

@@ -157,6 +157,16 @@ def test_every_stage_and_rank_count_makes_the_plain_learners_updates(bench, stag
     assert largest_gap(bench.expected, start) > 1e-4
 
 
+def test_every_way_of_training_fills_rank_0_s_buffers_with_what_it_writes_to_files(bench):
+    """ZeRO 0 to 3 on 1, 2 and 4 ranks, offloaded, in bfloat16, untied, and adapters, which are merged."""
+    names = sorted(file.parent.name for file in bench.work.glob("*/shared.safetensors"))
+    assert {"ranks_2_stage_3", "ranks_4_stage_3", "offload_parameters", "bf16_3", "untied_head", "lora_3"} < {*names}
+    for name in names:
+        written, shared = bench.weights(name), load_file(bench.work / name / "shared.safetensors")
+        assert shared.keys() == written.keys(), name
+        assert all(torch.equal(shared[key], tensor) for key, tensor in written.items()), name
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(bench, stage, ranks):

@@ -1,6 +1,7 @@
 """Whole runs whose new weights lie in memory of rank 0's device (on the CPU: of the host)."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,25 @@ def memory_files() -> int:
     return sum("memfd:weights" in os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
 
 
+SETTINGS = {"algorithm__steps": 3, "algorithm__anneal_steps": 2, "data__eval": ""}
+
+
+@pytest.fixture(scope="module")
+def by_memory(root: Path) -> Path:
+    """The same run with weights in host memory."""
+    return train_here(arguments(root, root / "device-weights-by-memory", **SETTINGS))
+
+
 @pytest.mark.slow
-def test_a_run_with_device_weights_is_one_with_memory_weights(root: Path, tmp_path: Path) -> None:
+def test_a_run_with_device_weights_is_one_with_memory_weights(root: Path, by_memory: Path, tmp_path: Path) -> None:
     """Bit for bit at lookahead 0, and it leaves no weights behind."""
-    settings = {"algorithm__steps": 3, "algorithm__anneal_steps": 2, "data__eval": ""}
     shared: set[bool] = set()
 
     def look(session: Session, step: int) -> None:
         shared.add(type(session.stream.rollouts.weights).__name__ == "WeightBuffers")
 
-    by_memory = train_here(arguments(root, tmp_path / "memory", **settings))
     before = memory_files()
-    words = arguments(root, tmp_path / "device", rollout__weights="device", **settings)
+    words = arguments(root, tmp_path / "device", rollout__weights="device", **SETTINGS)
     by_device = train_here(words, on_step=look)
     assert shared == {True}
     assert run_parts.weights_bytes(by_device) == run_parts.weights_bytes(by_memory)
@@ -42,6 +50,25 @@ def test_a_run_with_device_weights_is_one_with_memory_weights(root: Path, tmp_pa
     assert run_parts.ledger(by_device)["conserved"]
     assert memory_files() == before
     assert not any(by_device.rglob("version_*"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing_but_time(root: Path, by_memory: Path, tmp_path: Path) -> None:
+    """The one that takes its place opens buffers that others wrote and read before."""
+    killed = []
+
+    def kill_the_learner_rollouts(session: Session, step: int) -> None:
+        workers = session.stream.rollouts.pool.counters()["workers"].values()
+        (pid,) = [worker["pid"] for worker in workers if worker["role"] == "learner" and worker["state"] == "ready"]
+        if step in (1, 2):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    words = arguments(root, tmp_path / "killed", rollout__weights="device", **SETTINGS)
+    run_dir = train_here(words, on_step=kill_the_learner_rollouts)
+    assert len(set(killed)) == 2
+    assert run_parts.weights_bytes(run_dir) == run_parts.weights_bytes(by_memory)
+    assert run_parts.ledger(run_dir)["conserved"]
 
 
 @pytest.mark.slow
