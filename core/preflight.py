@@ -38,17 +38,7 @@ def preflight(
     """
     scored = explorer if config.correction.learner.weight == "mixture" else None
     trainer = trainer_parts(config, learner, scored, ranks)
-    quotas = all_quotas(config)
-    roles = {"learner": (learner, max(quota.learner for quota in quotas))}
-    if explorer is not None:
-        roles["explorer"] = (explorer, max(quota.explorer for quota in quotas))
-    samples = config.evaluation.samples if config.data.eval else 0
-    needs = {
-        role: engine_need(config, shape, samples=max(most, samples if role == "learner" else 0))
-        for role, (shape, most) in roles.items()
-    }
-    if config.rollout.roles == "handover" and "explorer" in needs:  # its processes become the learner's later on
-        needs["explorer"] = EngineNeed(*map(max, needs["explorer"], needs["learner"]))
+    needs = _needs(config, learner, explorer)
     lines = [f"memory of a trainer rank: {_sum(trainer)}"]
     if host := host_bytes(config, learner, ranks):
         lines.append(f"host memory of a trainer rank: {_gib(host)} of offloaded states")
@@ -73,6 +63,22 @@ def preflight(
     if problems:
         raise ConfigError("\n".join(problems))
     return lines
+
+
+def _needs(config: Config, learner: ModelShape, explorer: ModelShape | None) -> dict[str, EngineNeed]:
+    """What an engine of each role must hold."""
+    quotas = all_quotas(config)
+    roles = {"learner": (learner, max(quota.learner for quota in quotas))}
+    if explorer is not None:
+        roles["explorer"] = (explorer, max(quota.explorer for quota in quotas))
+    samples = config.evaluation.samples if config.data.eval else 0
+    needs = {
+        role: engine_need(config, shape, samples=max(most, samples if role == "learner" else 0))
+        for role, (shape, most) in roles.items()
+    }
+    if config.rollout.roles == "handover" and "explorer" in needs:  # its processes become the learner's later on
+        needs["explorer"] = EngineNeed(*map(max, needs["explorer"], needs["learner"]))
+    return needs
 
 
 _ENGINES = {"learner": "a learner rollout engine", "explorer": "an explorer engine"}

@@ -82,12 +82,25 @@ def open_memory(handle: Handle, device: torch.device) -> Opened:
     return _open_cuda(handle, device) if handle.kind == "cuda" else _open_cpu(handle)
 
 
-def _export_cpu(size: int) -> Exported:
+def memory_file(size: int) -> int:
+    """A descriptor of a file without a name, zeros, that stays of this size. OSError where there is no room for it.
+
+    Example: os.pwrite(memory_file(64), b"content", 0)
+    """
     descriptor = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(descriptor, 0, size)  # no room is an error now, not a SIGBUS at some later write
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         os.fchmod(descriptor, 0o400)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _export_cpu(size: int) -> Exported:
+    descriptor = memory_file(size)
+    try:
         memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
     except BaseException:
         os.close(descriptor)

@@ -15,6 +15,7 @@ from core.schema import Group, ScoredCompletion, Source
 from trainer.micro_batch import SOURCES, MicroBatch, Row, WeightedRow, make_micro_batch, placeholder
 from trainer.packing import Extent, pack_rows
 from trainer.sequence_parallel import part_of
+from trainer.step_metrics import staleness
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _row(group: Group, scored: ScoredCompletion, advantage: float, share: float,
         source=source,
         explorer_share=share,
         in_loss=not leaves,
-        current=completion.key.source is Source.LEARNER and completion.version == group.step - 1,
+        current=completion.key.source is Source.LEARNER and staleness(scored, group.step) == 0,
     )
 
 

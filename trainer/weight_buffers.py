@@ -5,7 +5,6 @@ worker that is killed leaves nothing behind, and one that is late finds that its
 (rollout.shared_weights).
 """
 
-import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.memory import PUBLISHED_VERSIONS
-from rollout.shared_memory import export_memory
+from rollout.shared_memory import export_memory, memory_file
 from rollout.shared_weights import DTYPES, STATE_BYTES, WRITING, Manifest, Place, checksums, digest_of, room
 from trainer.tensor_files import gather
 
@@ -71,7 +70,8 @@ class WeightBuffer:
             places = tuple(self._places.values())
             manifest = Manifest(owner=self._owner, handle=self._exported.handle, places=places)
             self._manifest = msgspec.json.encode(manifest)
-            self._file = _memory_file(bytes(STATE_BYTES) + self._manifest)
+            self._file = memory_file(STATE_BYTES + len(self._manifest))
+            os.pwrite(self._file, self._manifest, STATE_BYTES)
         memory = self._exported.memory
         parts = (memory[place.start : place.start + room(place.size)] for place in self._places.values())
         digest = digest_of(self._manifest, map(checksums, parts))  # waits for the device
@@ -118,12 +118,3 @@ class WeightBuffers:
         """Let go of both."""
         while self._buffers:
             self._buffers.pop().close()
-
-
-def _memory_file(content: bytes) -> int:
-    """A descriptor of a file without a name, which this process alone can write."""
-    descriptor = os.memfd_create("weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.write(descriptor, content)
-    os.fchmod(descriptor, 0o400)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    return descriptor
