@@ -58,9 +58,13 @@ def test_a_killed_worker_costs_nothing_but_time(root: Path, by_memory: Path, tmp
     killed = []
 
     def kill_the_learner_rollouts(session: Session, step: int) -> None:
-        workers = session.stream.rollouts.pool.counters()["workers"].values()
-        (pid,) = [worker["pid"] for worker in workers if worker["role"] == "learner" and worker["state"] == "ready"]
-        if step in (1, 2):
+        def ready() -> list[int]:
+            workers = session.stream.rollouts.pool.counters()["workers"].values()
+            return [worker["pid"] for worker in workers if worker["role"] == "learner" and worker["state"] == "ready"]
+
+        if step in (1, 2):  # step 1 is the explorer's alone: the learner's worker may still be starting
+            run_parts.eventually(ready, "the learner's worker is ready")
+            (pid,) = ready()
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
