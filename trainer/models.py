@@ -22,6 +22,7 @@ from rollout.torch_weights import AGAIN
 from trainer.model_files import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BIT_PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 PROBE_TOKENS = 8
 
 transformers_logging.disable_progress_bar()  # the run has a live line of its own
@@ -111,9 +112,10 @@ def use_liger(model: PreTrainedModel, *, rotary: bool) -> bool:
 
 
 def weight_checksum(model: PreTrainedModel) -> str:
-    """Sums over every parameter, as text: equal weights have equal text."""
-    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
-    return sums.cpu().numpy().tobytes().hex()
+    """The sum of every parameter's bit patterns, as text: equal weights have equal text, whatever device and however
+    many threads added them up, which a sum of floats does not promise."""
+    patterns = (p.detach().view(BIT_PATTERNS[p.element_size()]) for p in model.parameters())
+    return torch.stack([pattern.sum(dtype=torch.int64) for pattern in patterns]).cpu().numpy().tobytes().hex()
 
 
 def require_same_tokenizer(learner_dir: Path, explorer_dir: Path) -> None:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -77,11 +77,15 @@ class Signals:
         if self.asked:
             raise Stopped(self.asked, between_steps=True)
 
-    def give_up(self, grace_s: float) -> None:
-        """Within a step: raise Stopped where a signal asked for it `grace_s` seconds ago or earlier."""
-        if self.asked and time.monotonic() - self._asked_s >= grace_s:
+    def overdue(self, grace_s: float) -> int:
+        """Within a step: the signal that asked `grace_s` seconds ago or earlier, or 0."""
+        return self.asked if time.monotonic() - self._asked_s >= grace_s else 0
+
+    def give_up(self, grace_s: float, among: Callable[[int], int] = int) -> None:
+        """Within a step: raise Stopped where `overdue`; `among` gives the largest of all ranks' values."""
+        if asked := among(self.overdue(grace_s)):
             _say(f"the step did not end within {grace_s:g} s (checkpoint.grace_s): stopping without a checkpoint of it")
-            raise Stopped(self.asked, between_steps=False)
+            raise Stopped(asked, between_steps=False)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in STOPPING and not self.training:

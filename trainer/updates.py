@@ -10,6 +10,7 @@ from core.config import Config
 from core.schema import Group
 from trainer.batch import MiniBatch, pack_step
 from trainer.learner import Learner
+from trainer.signals import SIGNALS
 from trainer.stream import GroupStream
 from trainer.timeline import Part
 from trainer.world import World
@@ -52,6 +53,8 @@ class Updates:
             yield from self._timed(seen)
 
     def _timed(self, mini_batches: Iterator[MiniBatch] | Sequence[MiniBatch]) -> Iterator[MiniBatch]:
+        """Raises Stopped, on every rank, where a signal came checkpoint.grace_s ago: no update is left half done."""
         for mini_batch in mini_batches:
+            SIGNALS.give_up(self.config.checkpoint.grace_s, self.world.highest)
             with self.stream.stages("train"):
                 yield mini_batch

@@ -105,6 +105,18 @@ def test_the_checksum_sees_one_changed_weight(learner_dir):
     assert weight_checksum(model) != before
 
 
+def test_the_checksum_does_not_depend_on_the_order_of_summation():
+    """A sum of floats does: threads, and other devices, add them up in another order."""
+    torch.manual_seed(0)
+    one, other = torch.nn.Linear(300, 40, bias=False), torch.nn.Linear(300, 40, bias=False)
+    with torch.no_grad():
+        one.weight.mul_(torch.logspace(-18, 18, 300))
+        other.weight.copy_(one.weight.flip(0, 1))
+    assert one.weight.detach().double().sum() != other.weight.detach().double().sum()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert weight_checksum(one.to(dtype)) == weight_checksum(other.to(dtype))
+
+
 def test_equal_tokenizers_pass(family):
     learner, explorer = family
     require_same_tokenizer(learner, explorer)

@@ -7,12 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import run_parts
+import torch
 from run_parts import arguments, eventually, finish, start
 
+from core.config import Checkpoint, Config
+from trainer import updates
 from trainer.signals import Signals, Stopped
+from trainer.stream import GroupStream
+from trainer.world import World
 
 REPOSITORY = run_parts.REPOSITORY
 PROLOGUE = """
@@ -171,6 +177,22 @@ def test_a_begun_step_has_its_grace() -> None:
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
         signals.give_up(0.0)
     assert not stopped.value.between_steps
+
+
+def test_a_step_whose_updates_take_too_long_is_left_between_two_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its completions are there, so nothing waits; what another rank says counts as much as this one's signal."""
+    signals, config = Signals(), Config(checkpoint=Checkpoint(grace_s=30.0))
+    monkeypatch.setattr(updates, "SIGNALS", signals)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    handed = updates.Updates(config, GroupStream(world, None), Mock(), world)._timed([Mock(), Mock()])
+    next(handed)
+    signals._ask(signal.SIGTERM)
+    signals._asked_s -= 31.0
+    with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        next(handed)
+    assert not stopped.value.between_steps
+    with pytest.raises(Stopped, match="SIGINT"):
+        Signals().give_up(30.0, lambda own: max(own, signal.SIGINT))
 
 
 @pytest.mark.slow
