@@ -155,9 +155,7 @@ def rows(out: Path, dry: bool) -> Report:
 
 def table(out: Path, dry: bool) -> Report:
     """`bench.kernels` at 16,384 and 4,096 tokens; the big one first, in case time runs out."""
-    return _tables(
-        "table", out, dry, [(sequences, False, BASE) for sequences in ((16,) if dry else (16, 4))], rounds=10
-    )
+    return _tables("table", out, dry, [(count, False, BASE) for count in ((16,) if dry else (16, 4))], rounds=10)
 
 
 def options(out: Path, dry: bool) -> Report:

@@ -4,7 +4,7 @@ equality.
     python -m bench.kernels [--sequences S] [--length L] [--hidden H] [--vocabulary V] [--rounds N] [--only NAME ...]
         [--packed] [--temperature T] [--kl-coef B] [--entropy-coef C] [--ratio token|sequence]
         [--mode train|frozen|score] [--dry]
-    python -m bench.kernels --options        # the base case, then each option alone, one table each
+    python -m bench.kernels --options   # the base case, packed, packed with every term, each option alone
 
 Hidden states to loss and both gradients ("frozen": no gradient of the weight; "score": log-probs without grad). On a
 CPU the base case takes about two minutes at V = 151,936; on CUDA it is 16,384 tokens and H = 4096 in bfloat16. Rows go
@@ -184,7 +184,7 @@ def _parse(arguments: list[str], device: str) -> tuple[argparse.Namespace, list[
     parser.add_argument("--entropy-coef", type=float, default=0.0, help="factor of the entropy bonus")
     parser.add_argument("--ratio", choices=("token", "sequence"), default="token")
     parser.add_argument("--mode", choices=tuple(ERRORS), default="train")
-    parser.add_argument("--options", action="store_true", help="the base case and each option alone")
+    parser.add_argument("--options", action="store_true", help="the base case, then OPTIONS, one table each")
     parser.add_argument("--dry", action="store_true", help="a tiny problem, two rounds, nothing recorded")
     options = parser.parse_args(arguments)
     try:
