@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.kernel_problem import Problem
 from bench.kernel_times import shares
-from bench.rivals import Problem, ours
+from bench.rivals import ours
 from kernels import products, row_triton
 from kernels.arguments import LossRows, LossSettings
 from kernels.rows import RowWeights

@@ -17,13 +17,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench import gpu_runs, gpu_sizes, measure
 from bench.contenders import contenders
 from bench.gpu_runs import save
-from bench.kernels import compare
-from bench.rivals import Problem
+from bench.kernel_problem import Objective, Problem
+from bench.kernels import BASE, DRY, OPTIONS, compare, tabulate
 from kernels import ops
 from trainer import attention
 from trainer.line import lay_out
 
 PACKAGES = ("vllm", "deepspeed", "flash_attn", "liger_kernel", "cut_cross_entropy", "verl", "trl", "quack", "cutlass")
+SLOW = {"torch.compile", "Liger fused GRPO", "CCE filtered", "ours triton bf16 logits main_grad"}
+"""What `options` leaves out: compiled for each table anew, slower than its TF32 variant, or beside another of its kind.
+"""
 Report = dict[str, Any]
 
 
@@ -117,8 +120,7 @@ def attention_check(rows: list[dict[str, Any]]) -> dict[str, bool]:
 def exact_checks(problem: Problem) -> dict[str, bool]:
     """Bit-for-bit promises: the on-policy ratio, equal runs, and the last rows of a batch beyond 2^31 logits."""
     hidden, weight, targets = problem.hidden, problem.weight, problem.targets
-    advantage = problem.per_token()
-    bounds = torch.arange(0, problem.tokens + 1, problem.tokens // problem.sequences)
+    advantage, bounds = problem.rows().advantage, problem.rows().bounds
     checks = {}
     for fp32 in (True, False):
         kind = "float32 logits" if fp32 else "half logits"
@@ -153,25 +155,36 @@ def rows(out: Path, dry: bool) -> Report:
 
 def table(out: Path, dry: bool) -> Report:
     """`bench.kernels` at 16,384 and 4,096 tokens; the big one first, in case time runs out."""
+    return _tables("table", out, dry, [(count, False, BASE) for count in ((16,) if dry else (16, 4))], rounds=10)
+
+
+def options(out: Path, dry: bool) -> Report:
+    """`bench.kernels` with each option, packed at 8,192 tokens, else 4,096; the slowest contenders left out."""
+    return _tables("options", out, dry, [(8 if packed else 4, packed, what) for packed, what in OPTIONS], rounds=5)
+
+
+def _tables(stage: str, out: Path, dry: bool, cases: list[tuple[int, bool, Objective]], *, rounds: int) -> Report:
+    """A table per case (sequences of 1,024 tokens, packed or not, objective), saved as it comes."""
     report: Report = {"status": "ok", "tables": {}, "facts": {}}
-    sizes = [(2, 8, 16, 257)] if dry else [(16, 1024, 4096, 151_936), (4, 1024, 4096, 151_936)]
-    for size in sizes:
-        dtype, device = (torch.float32, "cpu") if dry else (torch.bfloat16, "cuda")
-        problem = Problem.make(*size, dtype=dtype, device=device)
-        # Compiling takes longer than the rest of a dry run, and `bench.kernels` runs it on a CPU.
-        chosen = [c for c in contenders(device) if not (dry and c.name == "torch.compile")]
-        found, absent = compare(problem, chosen, rounds=2 if dry else 10)
-        shape = {"tokens": problem.tokens, "hidden": size[2], "vocabulary": size[3], "dtype": str(dtype)[6:]}
-        if not dry:
-            measure.record("kernels", [{**row, **shape} for row in found], out)
-        report["tables"][f"{shape}"] = found
-        report["facts"] |= {f"missing: {name}": reason for name, reason in absent.items()}
-        save("table", out, report)
+    dtype, device = (torch.float32, "cpu") if dry else (torch.bfloat16, "cuda")
+    # Compiling takes longer than the rest of a dry run, and `bench.kernels` runs it on a CPU.
+    left_out = {"torch.compile"} if dry else SLOW if stage == "options" else set()
+    chosen = [rival for rival in contenders(device) if rival.name not in left_out]
+    for sequences, packed, objective in cases:
+        size = DRY if dry else (sequences, 1024, 4096, 151_936)
+        problem = Problem.make(*size, dtype=dtype, device=device, packed=packed, objective=objective)
+        title, found, absent = tabulate(problem, chosen, rounds=2 if dry else rounds, folder=None if dry else out)
+        report["tables"][title] = found
+        for name, reason in absent.items():
+            known = report["facts"].setdefault(f"missing: {name}", reason)
+            if reason not in known:
+                report["facts"][f"missing: {name}"] = f"{known}; {reason}"
+        save(stage, out, report)
     return report
 
 
 STAGES: dict[str, Callable[[Path, bool], Report]] = {
-    "machine": machine, "values": values, "rows": rows, "table": table,
+    "machine": machine, "values": values, "rows": rows, "table": table, "options": options,
     "default": gpu_runs.embedded_default, "end_to_end": gpu_runs.end_to_end,
     "train": gpu_sizes.train, "generate": gpu_sizes.generate,
 }  # fmt: skip

@@ -1,16 +1,21 @@
 """Ours against everybody else's fused head and GRPO loss, interleaved on the same inputs: time, memory, error,
 equality.
 
-    python -m bench.kernels [--tokens T] [--hidden H] [--vocabulary V] [--rounds N] [--only NAME ...] [--dry]
+    python -m bench.kernels [--sequences S] [--length L] [--hidden H] [--vocabulary V] [--rounds N] [--only NAME ...]
+        [--packed] [--temperature T] [--kl-coef B] [--entropy-coef C] [--ratio token|sequence]
+        [--mode train|frozen|score] [--dry]
+    python -m bench.kernels --options   # the base case, packed, packed with every term, each option alone
 
-Hidden states to loss and both gradients. On a CPU the defaults take about two minutes at V = 151,936; on CUDA they
-are 16,384 tokens and H = 4096 in bfloat16. Rows go to bench/results/kernels.jsonl, what is missing is printed with
-the reason.
+Hidden states to loss and both gradients ("frozen": no gradient of the weight; "score": log-probs without grad). On a
+CPU the base case takes about two minutes at V = 151,936; on CUDA it is 16,384 tokens and H = 4096 in bfloat16. Rows go
+to bench/results/kernels.jsonl, what is missing is printed with the reason.
 """
 
 import argparse
 import statistics
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +23,30 @@ from torch import Tensor
 
 from bench import measure
 from bench.contenders import contenders
-from bench.rivals import Case, Problem, Rival, ours
+from bench.kernel_problem import Mode, Objective, Problem
+from bench.rivals import Case, Rival, ours
 
-COLUMNS = [
-    "case", "median_ms", "ratio", "extra_mb", "beyond_dw_mb", "d_hidden_error", "d_weight_error", "loss_error",
-    "repeats",
-]  # fmt: skip
+ERRORS: dict[Mode, tuple[str, ...]] = {
+    "train": ("loss_error", "d_hidden_error", "d_weight_error"),
+    "frozen": ("loss_error", "d_hidden_error"),
+    "score": ("logprob_error",),
+}
+COLUMNS = ["case", "head_rows", "median_ms", "ratio", "extra_mb", "beyond_dw_mb"]
 SIZES = {"cpu": (4, 128, 128), "cuda": (16, 1024, 4096)}
 """Sequences, tokens of each, hidden size."""
+DRY = (2, 8, 16, 257)
+BASE = Objective()
+OPTIONS = (
+    (True, BASE),
+    (True, Objective(temperature=0.7, kl_coef=0.04, entropy_coef=0.001)),
+    (False, Objective(ratio="sequence")),
+    (False, Objective(mode="frozen")),
+    (False, Objective(mode="score")),
+    (False, Objective(temperature=0.7)),
+    (False, Objective(kl_coef=0.04)),
+    (False, Objective(entropy_coef=0.001)),
+)
+"""What `--options` runs after the base case: packed or not, objective."""
 
 
 def compare(
@@ -38,11 +59,12 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
     for rival in rivals:
-        reason = rival.missing(device)
+        reason = rival.missing(device, problem.objective)
         if reason is None:
             try:
                 case = rival.make(problem)
-                rows[rival.name] = {"case": rival.name, **_quality(case, truth, problem, rival.same_loss)}
+                row = {"case": rival.name, "head_rows": rival.head_rows(problem)}
+                rows[rival.name] = row | _quality(case, truth, problem, rival.same_loss)
                 cases[rival.name] = case
             except Exception as error:  # a rival may fail in any way on a shape or chip it does not know
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -63,14 +85,15 @@ def _quality(case: Case, truth: tuple[Tensor, ...], problem: Problem, same_loss:
     second = case()
     row: dict[str, Any] = {"repeats": all(torch.equal(a, b) for a, b in zip(first, second))}
     if same_loss:
-        names = ("loss_error", "d_hidden_error", "d_weight_error")
-        row |= {name: _relative(value, exact) for name, value, exact in zip(names, first, truth)}
+        named = zip(ERRORS[problem.objective.mode], first, truth, strict=True)
+        row |= {name: _relative(value, exact) for name, value, exact in named}
     del first, second
     extra = measure.peak_bytes(case)
     if extra is not None:
-        # The weight's gradient leaves every path in the weight's dtype; what else was live at the peak is the cost.
-        result = problem.weight.numel() * problem.weight.element_size()
-        row |= {"extra_mb": extra / 2**20, "beyond_dw_mb": (extra - result) / 2**20}
+        row["extra_mb"] = extra / 2**20
+        if problem.objective.mode == "train":
+            # The weight's gradient leaves every path in the weight's dtype; what else was live at the peak is the cost.
+            row["beyond_dw_mb"] = (extra - problem.weight.numel() * problem.weight.element_size()) / 2**20
     return row
 
 
@@ -79,10 +102,8 @@ def _relative(value: Tensor, exact: Tensor) -> float:
 
 
 def _exact(problem: Problem) -> Problem:
-    return Problem(
-        problem.hidden.double(), problem.weight.double(), problem.targets, problem.anchor.double(),
-        problem.advantage.double(), problem.sequences,
-    )  # fmt: skip
+    names = ("hidden", "weight", "anchor", "reference", "advantage")
+    return replace(problem, **{name: getattr(problem, name).double() for name in names})
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -99,37 +120,82 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return said
 
 
+def tabulate(
+    problem: Problem, rivals: list[Rival], *, rounds: int, folder: Path | None
+) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
+    """What is compared in words, and what `compare` gives; with a `folder` the rows are appended to kernels.jsonl."""
+    torch.compiler.reset()  # or what was compiled for the table before is specialised to its shapes
+    rows, absent = compare(problem, rivals, rounds=rounds)
+    shape = {
+        "tokens": problem.tokens, "hidden": problem.hidden.shape[1], "vocabulary": problem.weight.shape[0],
+        "dtype": str(problem.hidden.dtype)[6:], "options": options_of(problem),
+    }  # fmt: skip
+    if folder is not None:
+        measure.record("kernels", [{**row, **shape} for row in rows], folder)
+    return f"{shape}", rows, absent
+
+
+def options_of(problem: Problem) -> str:
+    """What differs from the base case, in words."""
+    words = [*([] if problem.uniform else ["packed"]), *problem.objective.options.values()]
+    return ", ".join(words) or "none"
+
+
 def main(arguments: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    options, cases = _parse(arguments, device)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    size = DRY if options.dry else (options.sequences, options.length, options.hidden, options.vocabulary)
+    everyone = contenders(device)
+    chosen = [r for r in everyone if options.only is None or r.name in options.only or r.name.startswith("ours")]
+    print(measure.environment()["device"])
+    for packed, objective in cases:
+        problem = Problem.make(*size, dtype=dtype, device=device, packed=packed, objective=objective)
+        title, rows, absent = tabulate(
+            problem,
+            chosen,
+            rounds=2 if options.dry else options.rounds,
+            folder=None if options.dry else measure.RESULTS,
+        )
+        print(f"\n{title}\n{measure.table(rows, [*COLUMNS, *ERRORS[objective.mode], 'repeats'])}")
+        if not options.dry and options_of(problem) == "none":
+            print("\n".join(verdict(rows)))
+        for name, reason in absent.items():
+            print(f"missing: {name}: {reason}")
+    print("ratio: median over rounds of time / time of the first row; head_rows: rows of logits that a case forms")
+    return 0
+
+
+def _parse(arguments: list[str], device: str) -> tuple[argparse.Namespace, list[tuple[bool, Objective]]]:
+    """The command line, and the cases it asks for: packed or not, objective."""
     sequences, length, width = SIZES[device]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=sequences)
-    parser.add_argument("--length", type=int, default=length, help="tokens of each sequence")
+    parser.add_argument("--length", type=int, default=length, help="tokens of each sequence; of packed ones the mean")
     parser.add_argument("--hidden", type=int, default=width)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=5 if device == "cpu" else 20)
     parser.add_argument("--only", nargs="*", help="names of cases; ours always runs")
+    parser.add_argument("--packed", action="store_true", help="log-normal lengths, three rows in ten are prompts")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--kl-coef", type=float, default=0.0, help="factor of the k3 penalty")
+    parser.add_argument("--entropy-coef", type=float, default=0.0, help="factor of the entropy bonus")
+    parser.add_argument("--ratio", choices=("token", "sequence"), default="token")
+    parser.add_argument("--mode", choices=tuple(ERRORS), default="train")
+    parser.add_argument("--options", action="store_true", help="the base case, then OPTIONS, one table each")
     parser.add_argument("--dry", action="store_true", help="a tiny problem, two rounds, nothing recorded")
     options = parser.parse_args(arguments)
-    if device == "cpu":
-        torch.set_num_threads(1)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    size = (2, 8, 16, 257) if options.dry else (options.sequences, options.length, options.hidden, options.vocabulary)
-    problem = Problem.make(*size, dtype=dtype, device=device)
-    everyone = contenders(device)
-    chosen = [r for r in everyone if options.only is None or r.name in options.only or r.name.startswith("ours")]
-    rows, absent = compare(problem, chosen, rounds=2 if options.dry else options.rounds)
-    shape = {"tokens": problem.tokens, "hidden": size[2], "vocabulary": size[3], "dtype": str(dtype)[6:]}
-    print(f"{measure.environment()['device']}: {shape}")
-    print(measure.table(rows, COLUMNS))
-    print("ratio: median over rounds of time / time of the first row")
-    if not options.dry:
-        print("\n".join(verdict(rows)))
-    for name, reason in absent.items():
-        print(f"missing: {name}: {reason}")
-    if not options.dry:
-        print(f"appended to {measure.record('kernels', [{**row, **shape} for row in rows])}")
-    return 0
+    try:
+        objective = Objective(options.temperature, options.kl_coef, options.entropy_coef, options.ratio, options.mode)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.options:
+        if options.packed or objective != BASE:
+            parser.error("--options chooses the options itself")
+        return options, [(False, BASE), *OPTIONS]
+    return options, [(options.packed, objective)]
 
 
 if __name__ == "__main__":

@@ -1,245 +1,228 @@
 """Everybody's fused head with a GRPO loss, called as its own documentation says, on one common problem.
 
-A case is a function of no arguments that runs forward and backward and returns (loss, d_hidden, d_weight). Sources are
-the published wheels; a single file of a large package is loaded without the package's own imports.
+A case is a function of no arguments that runs what the objective's mode asks for: it returns (loss, d_hidden,
+d_weight), (loss, d_hidden) or (log-probs of the rows with a label,).
 """
 
-import contextlib
-import importlib
 import importlib.util
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernels import ops
-from kernels.arguments import Implementation
+from bench.kernel_problem import Objective, Problem, Rows
+from kernels import ops, reference
+from kernels.arguments import Implementation, LossRows, LossSettings, Segments
 
-Outcome = tuple[Tensor, Tensor, Tensor]
+Outcome = tuple[Tensor, ...]
 Case = Callable[[], Outcome]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """B sequences of L tokens (T = B·L), behaviour log-probs near the head's own, one advantage per sequence."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    anchor: Tensor
-    advantage: Tensor
-    sequences: int
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden.shape[0]
-
-    @staticmethod
-    def make(
-        sequences: int, length: int, hidden: int, vocabulary: int, *, dtype: torch.dtype, device: str
-    ) -> "Problem":
-        """Logits of deviation 3, and 7 in 10 targets 10 to 20 nats above them, since uniform rows flatter a filter."""
-        generator = torch.Generator(device).manual_seed(0)
-        tokens = sequences * length
-        at: dict[str, Any] = {"generator": generator, "device": device}
-        weight = torch.randn(vocabulary, hidden, **at).mul_(3 / math.sqrt(hidden))
-        states = torch.randn(tokens, hidden, **at)
-        targets = torch.randint(0, vocabulary, (tokens,), **at)
-        planted = (torch.rand(tokens, **at) < 0.7) * (10 + 10 * torch.rand(tokens, **at))
-        direction = weight[targets]
-        states += (planted / direction.square().sum(1))[:, None] * direction
-        states, weight = states.to(dtype), weight.to(dtype)
-        exact = ops.linear_logprob(states, weight, targets).logprob
-        far = 3 * torch.randn(tokens, **at) * (torch.rand(tokens, **at) < 0.02)
-        anchor = exact + 0.1 * torch.randn(tokens, **at) + far
-        return Problem(states, weight, targets, anchor, torch.randn(sequences, **at), sequences)
-
-    def per_token(self) -> Tensor:
-        return self.advantage.repeat_interleave(self.tokens // self.sequences)
-
-    def padded(self, value: Tensor) -> Tensor:
-        return value.view(self.sequences, -1, *value.shape[1:])
-
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+LogProb = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(hidden, weight, targets) -> log-prob and entropy of each row; None where no entropy was asked for or offered."""
+Given = Literal["labelled", "all", "padded"]
+LOSS_OPTIONS = frozenset({"KL", "sequence ratio"})
+"""What our own loss over a contender's log-probs adds."""
+EVERY_OPTION = LOSS_OPTIONS | {"temperature", "entropy", "frozen head", "scoring"}
 
 
 @dataclass(frozen=True)
 class Rival:
-    """One contender: what must be importable, and how to make its case from a problem."""
+    """One contender: how to make its case from a problem, what must be importable, and what it can be asked for.
+
+    given: the rows its head multiplies: those with a label, all of the batch, or the answers padded to the longest.
+    offers: names of `Objective.options`. same_loss False: it computes something else, as a bar for the time.
+    """
 
     name: str
     make: Callable[[Problem], Case]
     needs: tuple[str, ...] = ()
     cuda_only: bool = True
     same_loss: bool = True
+    given: Given = "all"
+    offers: frozenset[str] = EVERY_OPTION
 
-    def missing(self, device: str) -> str | None:
+    def missing(self, device: str, objective: Objective) -> str | None:
         """Why it cannot run here, or None."""
         if self.cuda_only and device != "cuda":
             return "needs a CUDA device"
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        if absent:
+            return f"not installed: {', '.join(absent)}"
+        lacks = [name for name in objective.options if name not in self.offers]
+        return f"has no option for: {', '.join(lacks)}" if lacks else None
+
+    def head_rows(self, problem: Problem) -> int:
+        """Rows of logits it forms."""
+        counts = {"labelled": problem.labels, "all": problem.tokens}
+        return counts.get(self.given, problem.sequences * max(problem.answers))
 
 
 def ours(impl: Implementation, **options: Any) -> Callable[[Problem], Case]:
-    """`kernels.ops.linear_policy_loss`, token mean, no dual clip (the rivals have none)."""
+    """`kernels.ops` on the rows with a label, selected as part of the case, as the trainer's model does it.
+
+    Token mean, no dual clip (the rivals have none).
+    """
 
     def make(problem: Problem) -> Case:
-        advantage = problem.per_token()
-        share = torch.full_like(advantage, 1 / problem.tokens)
-        extra = dict(options)
-        if extra.pop("in_place", False):
-            extra["main_grad"] = torch.zeros(problem.weight.shape, device=problem.weight.device)
+        objective, rows = problem.objective, problem.labelled_rows()
+        head: dict[str, Any] = {"temperature": objective.temperature, "impl": impl, **options}
+        main_grad = None
+        if head.pop("in_place", False):
+            main_grad = torch.zeros(problem.weight.shape, device=problem.weight.device)
 
-        def case() -> Outcome:
-            hidden, weight = problem.leaves()
-            main_grad = extra.get("main_grad")
+        def logprob_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            return ops.linear_logprob(problem.select(hidden), weight, rows.targets, **head).logprob
+
+        def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
             if main_grad is not None:
                 main_grad.zero_()
-            loss, *_ = ops.linear_policy_loss(
-                hidden, weight, problem.targets, problem.anchor, advantage,
-                token_weight=share, dual_clip=math.inf, impl=impl, **extra,
-            )  # fmt: skip
-            loss.backward()
-            return loss.detach(), _grad(hidden), _grad(weight) if main_grad is None else main_grad
+            return ops.linear_policy_loss(
+                problem.select(hidden), weight, rows.targets, rows.anchor, rows.advantage, token_weight=rows.share,
+                entropy_coef=objective.entropy_coef, main_grad=main_grad, **head, **_loss_options(objective, rows),
+            )[0]  # fmt: skip
 
-        return case
+        if objective.mode == "score":
+            return scored(problem, logprob_of)
+        case = trained(problem, loss_of)
+        return case if main_grad is None else lambda: (*case(), main_grad)
 
     return make
 
 
-def on_logprobs(logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Case]:
-    """A rival that ends at log-probs, under our own fused loss, so that the comparison goes from hidden to
-    gradients."""
+def on_logprobs(
+    load: Callable[[Objective], LogProb], *, selected: bool = False, ignored: int | None = None
+) -> Callable[[Problem], Case]:
+    """A rival that ends at log-probs, under our own fused loss, so that the comparison goes from hidden to gradients.
+
+    It gets every row of the batch, or the rows with a label, `selected` as part of the case, where its own trainer does
+    so. ignored: the target by which a row without a label is named to it.
+    """
 
     def make(problem: Problem) -> Case:
-        advantage = problem.per_token()
+        head, objective = load(problem.objective), problem.objective
+        rows = problem.labelled_rows() if selected else problem.rows()
+        targets = rows.targets
+        if ignored is not None and rows.mask is not None:
+            targets = targets.masked_fill(~rows.mask, ignored)
 
-        def case() -> Outcome:
-            hidden, weight = problem.leaves()
-            log_p = logprob(hidden, weight, problem.targets)
-            loss, _ = ops.policy_loss(log_p, problem.anchor, advantage, dual_clip=math.inf)
-            mean = loss.mean()
-            mean.backward()
-            return mean.detach(), _grad(hidden), _grad(weight)
+        def run(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+            return head(problem.select(hidden) if selected else hidden, weight, targets)
 
-        return case
+        def logprob_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            logprob = run(hidden, weight)[0]
+            return logprob if rows.mask is None else logprob[rows.mask]
+
+        def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            logprob, entropy = run(hidden, weight)
+            loss, _ = ops.policy_loss(
+                logprob, rows.anchor, rows.advantage, mask=rows.mask, **_loss_options(objective, rows)
+            )
+            return _weighted(loss, entropy, objective, rows)
+
+        return scored(problem, logprob_of) if objective.mode == "score" else trained(problem, loss_of)
 
     return make
 
 
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def trained(problem: Problem, loss_of: Callable[[Tensor, Tensor], Tensor], padded_hidden: Tensor | None = None) -> Case:
+    """Forward and backward of a loss of (hidden, weight): the loss and the gradients that the mode asks for.
+
+    padded_hidden: what `loss_of` is given instead of the packed rows; a model that pads its rows has them so.
+    """
+    states = problem.hidden if padded_hidden is None else padded_hidden
+
+    def case() -> Outcome:
+        hidden = states.detach().requires_grad_()
+        weight = problem.weight.detach().requires_grad_(problem.objective.mode == "train")
+        loss = loss_of(hidden, weight)
+        loss.backward()
+        gradients = [leaf.grad for leaf in (hidden, weight) if leaf.grad is not None]
+        if padded_hidden is not None:
+            gradients[0] = problem.unpadded(gradients[0])
+        return loss.detach(), *gradients
+
+    return case
+
+
+def scored(problem: Problem, logprob_of: Callable[[Tensor, Tensor], Tensor]) -> Case:
+    """Log-probs [R] without grad."""
+
+    def case() -> Outcome:
+        with torch.no_grad():
+            return (logprob_of(problem.hidden, problem.weight),)
+
+    return case
+
+
+def eager(objective: Objective) -> LogProb:
     """What a trainer writes first: all logits, log_softmax in float32, autograd."""
-    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None])[:, 0]
+
+    def logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = (hidden @ weight.T).float()
+        if objective.temperature != 1:
+            logits = logits.div_(objective.temperature)
+        log_p = torch.log_softmax(logits, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1) if objective.entropy_coef else None
+        return log_p.gather(1, targets[:, None])[:, 0], entropy
+
+    return logprob
 
 
 def compiled(problem: Problem) -> Case:
     """The same under torch.compile, loss and all."""
+    head, objective, rows = eager(problem.objective), problem.objective, problem.rows()
+    options = _loss_options(objective, rows)
+    segments = Segments.of(rows.bounds, problem.tokens, problem.hidden.device)
+    loss_rows = LossRows(rows.anchor, rows.advantage, ref=options.pop("ref_logprob"), mask=rows.mask, segments=segments)
+    options.pop("cu_seqlens")
+    settings = LossSettings(**options)
 
-    def loss_of(hidden: Tensor, weight: Tensor, targets: Tensor, anchor: Tensor, advantage: Tensor) -> Tensor:
-        ratio = (eager(hidden, weight, targets) - anchor).clamp(-20, 20).exp()
-        return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).mean()
+    @torch.compile
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprob, entropy = head(hidden, weight, rows.targets)
+        return _weighted(reference.policy_loss(logprob, loss_rows, settings)[0], entropy, objective, rows)
 
-    fast = torch.compile(loss_of)
-    advantage = problem.per_token()
+    @torch.compile
+    def logprob_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprob = head(hidden, weight, rows.targets)[0]
+        return logprob if rows.mask is None else problem.select(logprob)
 
-    def case() -> Outcome:
-        hidden, weight = problem.leaves()
-        loss = fast(hidden, weight, problem.targets, problem.anchor, advantage)
-        loss.backward()
-        return loss.detach(), _grad(hidden), _grad(weight)
-
-    return case
-
-
-def liger_chunked(tf32: bool) -> Callable[[Problem], Case]:
-    """`liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`; its backward products are float32, so TF32 matters."""
-
-    def make(problem: Problem) -> Case:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        loss_of = LigerFusedLinearGRPOLoss(
-            beta=0.0, compiled=problem.hidden.is_cuda, use_ref_model=False, loss_type="bnpo"
-        )
-        mask = torch.ones_like(problem.padded(problem.targets))
-
-        def case() -> Outcome:
-            hidden, weight = problem.leaves()
-            with _tf32(tf32):
-                loss, _ = loss_of(
-                    problem.padded(hidden), weight, problem.padded(problem.targets), mask, problem.advantage,
-                    old_per_token_logps=problem.padded(problem.anchor),
-                )  # fmt: skip
-                loss.backward()
-            return loss.detach(), _grad(hidden), _grad(weight)
-
-        return case
-
-    return make
-
-
-def liger_materialised(problem: Problem) -> Case:
-    """`liger_kernel.transformers.grpo_loss.triton_grpo_loss` over full logits [B, L + 1, V]."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    def case() -> Outcome:
-        hidden, weight = problem.leaves()
-        states = torch.nn.functional.pad(problem.padded(hidden), (0, 0, 0, 1))
-        loss, *_ = triton_grpo_loss(
-            states @ weight.T, problem.padded(problem.anchor), None, problem.padded(problem.targets),
-            problem.advantage, None, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, loss_type="bnpo",
-            reduce=True,
-        )  # fmt: skip
-        loss.backward()
-        return loss.detach(), _grad(hidden), _grad(weight)
-
-    return case
+    return scored(problem, logprob_of) if objective.mode == "score" else trained(problem, loss_of)
 
 
 def bare_products(problem: Problem) -> Case:
-    """Three matrix products and nothing else: the floor of the run."""
-    out = torch.empty(problem.tokens, problem.weight.shape[0], dtype=problem.hidden.dtype, device=problem.hidden.device)
+    """The mode's matrix products of the rows with a label and nothing else: the floor of the run."""
+    mode, hidden, weight = problem.objective.mode, problem.select(problem.hidden), problem.weight
+    out = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if out.is_cuda and out.dtype != torch.float32 else {}
 
     def case() -> Outcome:
-        torch.mm(problem.hidden, problem.weight.t(), out=out)
-        d_hidden = torch.mm(out, problem.weight)
-        wide: dict[str, Any] = {"out_dtype": torch.float32} if out.is_cuda and out.dtype != torch.float32 else {}
-        return out[0, 0], d_hidden, torch.mm(out.t(), problem.hidden, **wide)
+        torch.mm(hidden, weight.t(), out=out)
+        results = [out[0, 0]]
+        if mode != "score":
+            results.append(torch.mm(out, weight))
+        if mode == "train":
+            results.append(torch.mm(out.t(), hidden, **wide))
+        return tuple(results)
 
     return case
 
 
-def single_file(package: str, module: str, stubs: dict[str, dict[str, Any]]) -> ModuleType:
-    """A module of an installed package whose `__init__` is not run: it imports what a kernel does not need."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    shell = ModuleType(package)
-    shell.__spec__ = spec  # so that it can be found again
-    shell.__path__ = list(spec.submodule_search_locations)
-    sys.modules[package] = shell
-    for name, contents in stubs.items():
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name]).update(contents)
-    return importlib.import_module(module)
+def _loss_options(objective: Objective, rows: Rows) -> dict[str, Any]:
+    """Of `kernels.ops`' losses; the rivals have no dual clip."""
+    return {
+        "dual_clip": math.inf,
+        "kl_coef": objective.kl_coef,
+        "ref_logprob": rows.reference if objective.kl_coef else None,
+        "ratio": objective.ratio,
+        "cu_seqlens": rows.bounds,
+    }
 
 
-@contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _grad(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
+def _weighted(loss: Tensor, entropy: Tensor | None, objective: Objective, rows: Rows) -> Tensor:
+    if objective.entropy_coef:
+        assert entropy is not None
+        loss = loss - objective.entropy_coef * entropy
+    return (rows.share * loss).sum()
