@@ -11,8 +11,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 train: $(VENV)/.installed
 	$(BIN)/torchrun trainer/main.py $(ARGS)
 
+# A file's tests share what they have set up, so files and not tests are spread over the processes.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

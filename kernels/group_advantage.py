@@ -1,5 +1,8 @@
 """Group advantages on the device, with the rows that are worth training.
 
+For rewards that are on the device already, such as a reward model's. The trainer's come from processes on the host:
+core/advantages.py.
+
 Shapes: N completions, P groups; group p owns rewards [cu_groups[p], cu_groups[p+1]).
 """
 

@@ -1,5 +1,8 @@
 """Packed batches without padding: positions, shifted labels, and the way back to one row per sequence.
 
+For token ids that are on the device already. The trainer's come by message to the host, and are laid out there
+(trainer/line.py), where rows can share a prompt and ranks a line.
+
 Shapes: S sequences, N tokens of prompts and answers together, T answer tokens.
 """
 
