@@ -161,11 +161,11 @@ class Session:
         return found | weight_metrics(held)
 
     def _memory(self) -> list[str]:
-        placement, materials = self.devices.placement, self.materials
+        devices, materials = self.devices, self.materials
         report = memory_report(
-            self.config, placement, materials.learner_dir, materials.explorer_dir, ranks=self.world.size
+            self.config, devices, materials.learner_dir, materials.explorer_dir, ranks=self.world.size
         )
-        return [placement.line(), *report]
+        return [devices.placement.line(), *report]
 
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
         """Rank 0: open the files it writes and start the workers; a replay has none."""
