@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from core.schema import Completion, Sampling, Source
 
-SCHEMA_VERSION = 3  # in the header of every frame (rollout.frame)
+SCHEMA_VERSION = 4  # in the header of every frame (rollout.frame)
 
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Text = Annotated[str, Meta(max_length=4000)]
@@ -62,6 +62,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     window: int  # largest distance of a new delivery's seq from the oldest unacknowledged one
     max_frame_bytes: int
     update_in_flight: bool = False  # learner rollouts go on with new weights in the middle of a training lease
+    shared_weights: bool = False  # new weights lie in memory of the trainer's device (rollout.weights = "device")
 
 
 class Fingerprints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
