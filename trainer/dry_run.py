@@ -23,7 +23,7 @@ def dry_run(command: Command) -> list[str]:
         if rank:
             return []
         devices = take_gpus(config)
-        check_start(config, Place(rank, size, device, generates=command.replay is None))
+        check_start(config, Place(rank, size, device, generates=command.replay is None, resumes=command.resume))
         changes = check_directory(config, resume=command.resume, clean=command.clean)
         said = [*explain(config), *changes, devices.placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):

@@ -112,8 +112,8 @@ class Session:
         self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
         config = self.config = recorded_part(config, self.command.replay)
-        generates = self.command.replay is None
-        check_start(config, Place(self.world.rank, self.world.size, self.world.device, generates=generates))
+        place = Place(self.world.rank, self.world.size, self.world.device)
+        check_start(config, place._replace(generates=self.command.replay is None, resumes=self.command.resume))
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)

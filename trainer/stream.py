@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from core.config import Config
+from core.configcheck import require_explorers
 from core.schema import Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.completion_store import CompletionStore
@@ -81,9 +82,11 @@ class Rollouts:
 
     def start(self, after: int) -> None:
         """Start the workers for the steps after `after`: 0, or the one that was restored. No explorer where none of
-        these steps owes it anything; under handover such a process begins where it would end, among the learner's."""
+        these steps owes it anything; under handover such a process begins where it would end, among the learner's.
+        ConfigError where explorers are needed and none can come."""
         left = [step for step in self.demand.explorer_steps if step > after]
         if left and (self.reuse is None or not self.reuse.complete(left)):
+            require_explorers(self.config)
             self._start_explorers()
         elif 0 < self.demand.last_explorer_step <= after and self.config.rollout.roles == "handover":
             self._start_explorers(Source.LEARNER)
@@ -239,10 +242,7 @@ class GroupStream:
 
     def metrics(self) -> dict[str, float]:
         """Waiting times and gauges of the last step."""
-        seconds = {
-            "time/wait_for_batch": self.stages.seconds("wait"),
-            "time/publish": self.stages.seconds("publish"),
-        }
+        seconds = {"time/wait_for_batch": self.stages.seconds("wait"), "time/publish": self.stages.seconds("publish")}
         return seconds | ({} if self.rollouts is None else self.rollouts.metrics())
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:

@@ -225,6 +225,7 @@ def test_an_engine_that_is_not_decided_yet_may_spread_over_gpus():
         ["algorithm.anneal_steps=1"],
         ["algorithm.anneal_steps=0", "explorer.processes=0"],
         ["explorer.processes=0", "stream.endpoint=ipc:///tmp/s2lpo.sock"],
+        ["explorer.processes=0", "--resume"],  # its checkpoint tells what explorers still owe
         ["explorer.top_p=0.9", "correction.explorer.anchor=learner"],
         ["data.eval=", "evaluation.k=[99]"],
         ["algorithm.mixing=authors_code"],
