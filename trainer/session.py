@@ -30,6 +30,7 @@ from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
+from trainer.timeline import of_all_ranks
 from trainer.updates import Updates
 from trainer.world import World
 
@@ -92,10 +93,13 @@ class Session:
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
-            demand, metrics = self.materials.demand, metrics | self.stream.metrics() | self._watch(metrics)
+            metrics = metrics | self.stream.metrics() | self._watch(metrics)
+        ranks = of_all_ranks(self.stream.stages.take(), self.world)
+        if self.recorder is not None:
+            demand = self.materials.demand
             metrics |= demand.pace.metrics(step)
-            quota, stages = demand.quota(step), self.stream.stages.take()
-            demand.pace.observe(step, self.recorder.step(step, self.updates.parts, quota, metrics, stages))
+            line = self.recorder.step(step, self.updates.parts, demand.quota(step), metrics, ranks)
+            demand.pace.observe(step, line)
         if self._evaluation_due(step):
             self._evaluate(step)
         if step == self.config.algorithm.steps or step % self.config.checkpoint.every == 0:
