@@ -14,6 +14,7 @@ from core.configkeys import ConfigError
 from core.metrics import read_metrics
 from rollout.patience import Starved
 from rollout.pool import WorkersLost
+from rollout.status import Held
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
 from trainer.checkpoint import newest_checkpoint
@@ -30,7 +31,7 @@ from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
-from trainer.timeline import of_all_ranks
+from trainer.timeline import of_all_ranks, trace_loads
 from trainer.updates import Updates
 from trainer.world import World
 
@@ -152,17 +153,20 @@ class Session:
     def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
         """Rank 0: which weights the workers have, and whether their log-probs are the learner's."""
         assert self.recorder is not None
-        held = {} if self.stream.rollouts is None else self.stream.rollouts.held_weights()
-        if held:
-            versions = {f"of {worker}": version for worker, version in held.items()}
-            self.recorder.tracer.counter("weights", time.monotonic(), **versions)
-        if self.stream.rollouts is not None:
-            planned = self.stream.rollouts.timetable.learners(self.learner.step)
-            self.recorder.tracer.counter("learner workers", time.monotonic(), planned=planned, ready=len(held))
+        tracer, rollouts, held = self.recorder.tracer, self.stream.rollouts, Held({}, [])
+        if rollouts is not None:
+            with suppress(TimeoutError):  # the pool is too busy to say
+                held = rollouts.pool.held_weights()
+            planned = rollouts.timetable.learners(self.learner.step)
+            tracer.counter("learner workers", time.monotonic(), planned=planned, ready=len(held.versions))
+        if held.versions:
+            versions = {f"of {worker}": version for worker, version in held.versions.items()}
+            tracer.counter("weights", time.monotonic(), **versions)
+        trace_loads(tracer, held.loads)
         found = self.alarm.check(self.learner.step, metrics)
         if self.alarm.text:
             self.recorder.console.warn(self.alarm.text)
-        return found | weight_metrics(held)
+        return found | weight_metrics(held.versions)
 
     def _memory(self) -> list[str]:
         devices, materials = self.devices, self.materials

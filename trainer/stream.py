@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +147,6 @@ class Rollouts:
             **{name: float(value) for name, value in self.ledger.totals().items()},
             **({} if self.reuse is None else self.reuse.metrics()),
         }
-
-    def held_weights(self) -> dict[str, int]:
-        """Weights version that each ready learner worker has, by its name; none where the pool is too busy to say."""
-        with suppress(TimeoutError):
-            return {name.rpartition(".")[0]: version for name, version in self.pool.held_weights().items()}
-        return {}
 
     def close(self) -> None:
         """Stop workers and scorers."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from core.schema import Group, ScoredCompletion, Source
+from rollout.messages import Load
 from trainer.tracer import Moment, Tracer
 from trainer.world import World
 
@@ -116,6 +117,12 @@ def trace_leases(tracer: Tracer, name: str, rows: Iterable[ScoredCompletion], ar
         versions = sorted({row.completion.version for row in members})
         counts = {"completions": len(members), "weights": versions}
         tracer.add(worker, track, name, started_s, finished_s, {**args, **counts})
+
+
+def trace_loads(tracer: Tracer, loads: Iterable[tuple[str, Load]]) -> None:
+    """One span per load of new weights, on a track of its worker."""
+    for worker, load in loads:
+        tracer.add(worker, "load", f"weights {load.version}", load.started_s, load.finished_s)
 
 
 def _rows(part: Part) -> Iterator[ScoredCompletion]:

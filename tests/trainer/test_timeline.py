@@ -6,8 +6,9 @@ import pytest
 
 from core.config import Algorithm, Config, Explorer
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
+from rollout.messages import Load
 from trainer.diagnosis import diagnosis
-from trainer.timeline import Part, Span, Stages, trace_step, wait_shares
+from trainer.timeline import Part, Span, Stages, trace_loads, trace_step, wait_shares
 from trainer.tracer import Tracer, read_trace
 
 
@@ -116,6 +117,15 @@ def test_a_lease_whose_rows_train_in_two_parts_is_drawn_once(tmp_path: Path) -> 
     assert (lease["ts"], lease["dur"], lease["args"]["completions"]) == (8e6, 4e6, 2)
     assert sorted(event["ts"] for event in events if event["ph"] == "s") == [9e6, 12e6]  # as their rows were finished
     assert sorted(event["ts"] for event in events if event["ph"] == "f") == [9.5e6, 12.5e6]
+
+
+def test_each_load_of_weights_is_a_span_on_its_worker(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path)
+    trace_loads(tracer, [("learner-0.b", Load(version=3, started_s=8.5, finished_s=8.75))])
+    tracer.close()
+    process, track, load = read_trace(tmp_path)
+    assert (process["args"]["name"], track["args"]["name"]) == ("learner-0.b", "load")
+    assert (load["name"], load["ts"], load["dur"]) == ("weights 3", 8.5e6, 0.25e6)
 
 
 def line(**seconds: float) -> dict[str, float]:
