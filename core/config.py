@@ -14,6 +14,7 @@ Weight = Literal[
 ]
 
 Gpus = tuple[int, ...] | Literal["auto"]
+EngineName = Literal["auto", "torch", "vllm"]
 Gap = Annotated[float, Meta(ge=0)] | Literal["auto"]
 
 
@@ -129,7 +130,7 @@ class Explorer(Section, frozen=True, kw_only=True):
 
 
 class Rollout(Section, frozen=True, kw_only=True):
-    engine: Annotated[Literal["auto", "torch", "vllm"], Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch; torch for the embedded models.")] = "auto"
+    engine: Annotated[EngineName, Meta(description="Generation engine of explorers and learner rollouts: our embedded one, or vLLM; auto is vLLM on a GPU where it is installed, else torch; torch for the embedded models.")] = "auto"
     tensor_parallel: Annotated[int, Meta(description="GPUs that one vLLM engine spreads over.", ge=1)] = 1
     memory_share: Annotated[float, Meta(description="Part of a GPU's memory that the vLLM engines on it may fill together.", gt=0, le=1)] = 0.9
     max_logprob_gap: Annotated[Gap, Meta(description="Largest |log π_old - log μ| of a learner token before an alarm (metric sampling/sampling_logp_difference/max); 0 is off; auto is 0.02 in float32 and 2 in bfloat16 for rows that π_old's own weights sampled, 1 in the mean over all, and off where top_p or top_k make the two differ by themselves.")] = "auto"
@@ -215,7 +216,11 @@ class Config(Section, frozen=True, kw_only=True):
     checkpoint: Checkpoint = Checkpoint()
 
     @property
-    def engine(self) -> Literal["auto", "torch", "vllm"]:
-        """rollout.engine; auto is torch for the embedded models: vLLM takes longer to start than they take to train."""
-        embedded = "embedded:" in (self.learner.model[:9], self.explorer.model[:9])
-        return "torch" if embedded and self.rollout.engine == "auto" else self.rollout.engine
+    def engine(self) -> EngineName:
+        """rollout.engine; an auto that remains depends on the device (rollout.engine.engine_kind)."""
+        return engine_for(self.rollout.engine, self.learner.model, self.explorer.model)
+
+
+def engine_for(engine: EngineName, *models: str) -> EngineName:
+    """`engine`, but auto is torch for the embedded models: vLLM takes longer to start than they take to train."""
+    return "torch" if engine == "auto" and any(model.startswith("embedded:") for model in models) else engine

@@ -19,14 +19,17 @@ TOKEN_BYTES = 8  # an int32 id and a float32 log-prob
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def check_config(config: Config, world_size: int = 1) -> None:
+def check_config(config: Config, world_size: int = 1, *, from_first_step: bool = True) -> None:
     """Raise ConfigError, one line per problem, unless the settings can run together on `world_size` trainer ranks.
 
-    Looks at no file: `check_paths` does.
+    Looks at no file: `check_paths` does. `from_first_step`: false for a resumed run, of which only its checkpoint
+    tells what explorers still owe, and for a replay, which asks for nothing.
     """
     checks = (_schedule, batch_problems, _sampling, _corrections, _stream, _embedded, _reward, _evaluation)
     problems = [problem for check in checks for problem in check(config)]
     problems += [*driver_problems(config), *rank_problems(config, world_size), *effect_problems(config)]
+    if from_first_step and explorer_needed(config):
+        problems += _unreachable(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -41,6 +44,21 @@ def check_paths(config: Config) -> None:
 def explorer_needed(config: Config) -> bool:
     """True where some step asks the explorer for completions."""
     return any(quota.explorer for quota in all_quotas(config))
+
+
+def require_explorers(config: Config) -> None:
+    """Raise ConfigError where completions that explorers owe would be waited for in vain."""
+    for problem in _unreachable(config):
+        raise ConfigError(problem)
+
+
+def _unreachable(config: Config) -> Iterator[str]:
+    if config.explorer.processes == 0 and config.stream.endpoint == "auto":
+        yield (
+            'explorer.processes = 0 with stream.endpoint = "auto": the schedule needs explorer completions and '
+            "no explorer could find this run. Use explorer.processes=1, or name an endpoint for explorers started "
+            "by hand, such as stream.endpoint=ipc:///tmp/s2lpo.sock"
+        )
 
 
 def all_quotas(config: Config) -> list[Quota]:
@@ -68,12 +86,6 @@ def _schedule(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.rescue_quota = {algorithm.rescue_quota} is more than algorithm.group_size = {size}: "
             f"at most {size} rows of a group can be replaced"
-        )
-    if explorer_needed(config) and config.explorer.processes == 0 and config.stream.endpoint == "auto":
-        yield (
-            'explorer.processes = 0 with stream.endpoint = "auto": the schedule needs explorer completions and '
-            "no explorer could find this run. Use explorer.processes=1, or name an endpoint for explorers started "
-            "by hand, such as stream.endpoint=ipc:///tmp/s2lpo.sock"
         )
 
 

@@ -43,6 +43,9 @@ def _learner(config: Config) -> Iterator[tuple[str, str, str]]:
     learner = config.learner
     if config.loss.ratio == "cispo":
         yield "loss.dual_clip", 'loss.ratio = "cispo", whose ratio is clipped before it meets A', "loss.ratio=token"
+    if learner.micro_batch_tokens:
+        reason = f"learner.micro_batch_tokens = {learner.micro_batch_tokens}, which packs rows by their tokens"
+        yield "learner.micro_batch_rows", reason, "learner.micro_batch_tokens=0"
     if learner.backend != "deepspeed":
         reason = f'learner.backend = "{learner.backend}", where every rank holds everything'
         yield "learner.zero_stage", reason, "learner.backend=deepspeed"

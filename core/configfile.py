@@ -79,7 +79,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     config = load_config(path, overrides, base)
     if replay is not None:
         _check_replay(replay, base, config)
-    check_config(config)
+    check_config(config, from_first_step="--resume" not in flags and replay is None)
     return Command(config, "--dry-run" in flags, "--resume" in flags, "--clean" in flags, False, path, replay)
 
 

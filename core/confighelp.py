@@ -103,8 +103,6 @@ def _batch(config: Config) -> str:
     algorithm, learner = config.algorithm, config.learner
     tokens = learner.micro_batch_tokens
     micro = f"{tokens} tokens" if tokens else f"{learner.micro_batch_rows} rows"
-    if tokens and learner.micro_batch_rows != type(learner)().micro_batch_rows:
-        micro += " (packed, so learner.micro_batch_rows is not read)"
     if learner.sequence_parallel > 1:
         micro += f" on each of the {learner.sequence_parallel} ranks of a line"
     prompts, size, mini = algorithm.prompts_per_step, algorithm.group_size, algorithm.mini_batch_prompts

@@ -17,7 +17,7 @@ CONTEXT_BYTES = GIB
 ENGINE_OVERHEAD_BYTES = 2 * GIB  # of vLLM inside its share: context, CUDA graphs and activations of a prefill step
 FRAGMENTATION = 0.05
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1280 << 20, 4096  # kernels.row_triton: logits held at once
-DEEPSPEED_BUCKET = 500_000_000  # elements of a bucket of its reductions
+LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own default
 PUBLISHED_VERSIONS = 2  # of the learner's weights: the newest, and the one a worker may still be reading
 DEEPSPEED_LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered at most
 
@@ -114,7 +114,7 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
         parts["explorer, scored"] = width * explorer.parameters // shards["weights"]
     if stage:
         live = min(DEEPSPEED_LIVE, count) * width if stage == 3 else 0
-        parts["DeepSpeed buffers"] = min(DEEPSPEED_BUCKET, trained) * (width + 4) + live
+        parts["DeepSpeed buffers"] = reduce_bucket(trained) * (width + 4) + live
     recompute = settings.recompute if settings.gradient_checkpointing else "none"
     sharers = settings.sequence_parallel
     parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute, sharers)
@@ -125,6 +125,14 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
 
 
 _SHARDED = {"optimizer": 1, "gradients": 2, "weights": 3}  # from which ZeRO stage on
+
+
+def reduce_bucket(trained: int) -> int:
+    """Elements of the bucket through which DeepSpeed reduces gradients, from the number of trained parameters.
+
+    It allocates the whole bucket on its device, also where all gradients fill a part of it.
+    """
+    return min(LARGEST_BUCKET, trained)
 
 
 def _held_and_trained(config: Config, learner: ModelShape) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from rollout.messages import (
     Hello,
     Join,
     Leave,
+    Load,
     Refused,
     Rejoin,
     Stop,
@@ -105,10 +106,10 @@ class Courier:
             assert self._newest is not None
             return self._newest
 
-    def loaded(self, version: int) -> None:
-        """These weights are in the engine."""
+    def loaded(self, version: int, started_s: float) -> None:
+        """These weights are in the engine, which began to load them at `started_s` (time.monotonic())."""
         with self._changed:
-            self._inbox.loaded = version
+            self._inbox.took(Load(version=version, started_s=started_s, finished_s=time.monotonic()))
             self._progress += 1
 
     def deliver(self, completion: Completion) -> None:
@@ -180,7 +181,7 @@ class Courier:
             beat = Heartbeat(
                 beat=self._beat, progress=self._progress, doing=doing, produced=self._outbox.produced,
                 unacknowledged=len(self._outbox), leases=tuple({*self._inbox.leases, *self._outbox.leases}),
-                version=self._inbox.version, loaded=self._inbox.loaded,
+                version=self._inbox.version, loaded=self._inbox.loaded, loads=tuple(self._inbox.loads),
             )  # fmt: skip
             if self._hello is None:
                 return [beat]

@@ -45,12 +45,13 @@ class Generator:
     def update(self, weights: Weights, courier: Courier) -> None:
         """Load these weights, or the next ones where the trainer has begun to write over them, and say so."""
         while True:
+            started_s = time.monotonic()
             try:
                 self.load(weights)
             except Overwritten:
                 weights = courier.newer_than(weights.version)
             else:
-                return courier.loaded(self.version)
+                return courier.loaded(self.version, started_s)
 
     def serve(self, lease: Lease, courier: Courier) -> None:
         """Generate a lease as one batch and deliver its completions, each as soon as it is finished.

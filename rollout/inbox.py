@@ -3,7 +3,7 @@
 from collections import deque
 from typing import NamedTuple
 
-from rollout.messages import Lease, Weights
+from rollout.messages import LOADS_TOLD, Lease, Load, Weights
 
 _WEIGHTS_KEPT = 2  # the trainer keeps no more files
 
@@ -16,10 +16,12 @@ class Task(NamedTuple):
 
 
 class Inbox:
-    """Leases that wait, the one in work, and the newest weights. `loaded`: the version that the engine has."""
+    """Leases that wait, the one in work, and the newest weights. `loaded`: the version that the engine has; `loads`:
+    how it came to it, lately."""
 
     def __init__(self) -> None:
         self.loaded = 0
+        self.loads: deque[Load] = deque(maxlen=LOADS_TOLD)
         self.current: Lease | None = None
         self._waiting: deque[Lease] = deque()
         self._weights: dict[int, Weights] = {}
@@ -54,6 +56,11 @@ class Inbox:
         self._weights[weights.version] = weights
         for version in sorted(self._weights)[:-_WEIGHTS_KEPT]:
             del self._weights[version]
+
+    def took(self, load: Load) -> None:
+        """Weights are in the engine."""
+        self.loaded = load.version
+        self.loads.append(load)
 
     def take(self) -> Task:
         """The next lease is now in work. Evaluations want exactly their version, if known; training the newest."""

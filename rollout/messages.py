@@ -24,7 +24,8 @@ from msgspec import Meta
 
 from core.schema import Completion, Sampling, Source
 
-SCHEMA_VERSION = 3  # in the header of every frame (rollout.frame)
+SCHEMA_VERSION = 4  # in the header of every frame (rollout.frame)
+LOADS_TOLD = 8
 
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Text = Annotated[str, Meta(max_length=4000)]
@@ -62,6 +63,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     window: int  # largest distance of a new delivery's seq from the oldest unacknowledged one
     max_frame_bytes: int
     update_in_flight: bool = False  # learner rollouts go on with new weights in the middle of a training lease
+    shared_weights: bool = False  # new weights lie in memory of the trainer's device (rollout.weights = "device")
 
 
 class Fingerprints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,6 +156,14 @@ class Acknowledge(Message, frozen=True, kw_only=True):
     beat: int
 
 
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A worker's engine took new weights. CLOCK_MONOTONIC of the worker's host, for the trace only."""
+
+    version: Count
+    started_s: float
+    finished_s: float
+
+
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Sent every heartbeat_s by the worker's network thread; the one that generates moves `progress`."""
 
@@ -165,6 +175,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     leases: Annotated[tuple[Name, ...], Meta(max_length=4096)]  # queued, in work, or unacknowledged in part
     version: Count  # newest weights it was told of
     loaded: Count = 0  # weights that its engine has
+    loads: Annotated[tuple[Load, ...], Meta(max_length=LOADS_TOLD)] = ()  # its last ones, oldest first, in every beat
 
 
 class Leave(Message, frozen=True, kw_only=True):

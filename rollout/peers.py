@@ -1,11 +1,12 @@
 """What the trainer knows of one worker, and the count of its completions. Pure: time comes in as arguments."""
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.schema import Source
-from rollout.messages import Heartbeat, Join
+from rollout.messages import Heartbeat, Join, Load
 
 
 class State(StrEnum):
@@ -20,6 +21,7 @@ class State(StrEnum):
 
 
 ABLE_TO_WORK = (State.LOADING, State.READY)
+_LOADS_KEPT = 64
 _ENDED = (State.DEAD, State.GONE, State.REFUSED)
 
 
@@ -70,6 +72,8 @@ class Peer:
     next_role: Source | None = None  # handed over: the role in which its process joins again
     weights_beat: int = 0  # its beat when weights were last sent to it
     loaded: int = 0  # weights version of its engine, by its last heartbeat
+    loads: deque[Load] = field(default_factory=lambda: deque(maxlen=_LOADS_KEPT))  # since they were asked for
+    loads_until_s: float = -math.inf
 
     @property
     def name(self) -> str:
@@ -96,9 +100,15 @@ class Peer:
                 f"counts {beat.produced - beat.unacknowledged} acknowledged completions, "
                 f"but only {self.window.total} were received"
             )
+        if not all(0 <= load.started_s <= load.finished_s < math.inf for load in beat.loads):
+            return f"says it loaded weights in impossible times: {beat.loads}"
         self.beat = max(self.beat, beat.beat)
         self.produced = max(self.produced, beat.produced)
         self.doing, self.loaded = beat.doing, beat.loaded
+        for load in beat.loads:  # oldest first
+            if load.finished_s > self.loads_until_s:
+                self.loads.append(load)
+                self.loads_until_s = load.finished_s
         if beat.progress != self.progress:
             self.progress, self.progress_s = beat.progress, now
         return ""

@@ -26,7 +26,7 @@ from rollout.leases import LeaseBook
 from rollout.messages import FromTrainer, Grant, Lease, Leave, Stop, Weights
 from rollout.peers import ABLE_TO_WORK
 from rollout.roster import RoleTerms, Roster
-from rollout.status import Waiting, counters, held_weights, hopeless, waiting
+from rollout.status import Held, Waiting, counters, held_weights, hopeless, waiting
 from rollout.stragglers import Stragglers
 from rollout.terms import welcome
 from rollout.wire import MAX_FRAMES_PER_POLL, Hub
@@ -136,8 +136,8 @@ class WorkerPool:
         """Counts since the start: by source (promise 1), by worker, and of faults."""
         return self._errands.ask(self._count, timeout_s=_STUCK_S)
 
-    def held_weights(self) -> dict[str, int]:
-        """Weights version of each learner worker, as last heard."""
+    def held_weights(self) -> Held:
+        """What the workers' engines have, as last heard. TimeoutError where the pool is too busy to say."""
         return self._errands.ask(lambda: held_weights(self._roster), timeout_s=_ANSWER_S)
 
     def quiet(self, look: Callable[[dict[str, Any]], T]) -> T:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from core.schema import Source
 from rollout.children import Children, Exit
 from rollout.leases import Work
+from rollout.messages import Load
 from rollout.peers import ABLE_TO_WORK, Peer, State
 from rollout.roster import Roster
 
@@ -90,13 +91,23 @@ def counters(roster: Roster, children: Children, sockets: Mapping[str, int]) -> 
     }
 
 
-def held_weights(roster: Roster) -> dict[str, int]:
-    """Weights version that each learner worker's engine had at its last heartbeat."""
-    return {
-        peer.name: peer.loaded
-        for peer in roster.peers.values()
-        if peer.role == Source.LEARNER and peer.state == State.READY
-    }
+class Held(NamedTuple):
+    """Weights in the workers' engines, by their last heartbeats. `versions`: of each ready learner worker, by its name
+    without the session. `loads`: workers and what they loaded since this was asked last."""
+
+    versions: dict[str, int]
+    loads: list[tuple[str, Load]]
+
+
+def held_weights(roster: Roster) -> Held:
+    """What the engines have; loads are told once."""
+    held = Held({}, [])
+    for peer in roster.peers.values():
+        if peer.role == Source.LEARNER and peer.state == State.READY:
+            held.versions[peer.name.rpartition(".")[0]] = peer.loaded
+        held.loads.extend((peer.name, load) for load in peer.loads)
+        peer.loads.clear()
+    return held
 
 
 def _role_line(roster: Roster, children: Children, role: Source, now: float) -> str:

@@ -24,6 +24,7 @@ def welcome(config: Config, run_id: str, incarnation: int) -> Welcome:
         window=stream.credit,
         max_frame_bytes=stream.max_frame_mb << 20,
         update_in_flight=config.rollout.update_in_flight,
+        shared_weights=config.rollout.weights == "device",
     )
 
 

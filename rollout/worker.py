@@ -58,6 +58,16 @@ def load_engine(name: str, model_dir: Path, *, device: str, dtype: str, **sizes:
     return TorchEngine(model_dir, device=device, dtype=dtype)
 
 
+def _require_shared_loading(engine: Engine, *, name: str) -> None:
+    """ValueError for an engine of somebody else's that cannot take new weights as the run will hand them out."""
+    if not callable(getattr(engine, "load_shared", None)):
+        raise ValueError(
+            f'engine {name} has no method load_shared(file, *, version, digest), which rollout.weights = "device" '
+            "needs of a learner's worker (rollout.engine.Engine): write it, or start the run with "
+            "rollout.weights=memory"
+        )
+
+
 class Worker:
     """The process: sessions with the trainer, one after the other, and the engine between them."""
 
@@ -149,6 +159,8 @@ class Worker:
                 memory_share=welcome.memory_share,
                 max_model_len=welcome.max_model_tokens,
             )
+        if welcome.shared_weights and self._role is Source.LEARNER:
+            _require_shared_loading(self._engine, name=self._options.engine or welcome.engine)
         self._served = welcome
         return Generator(self._engine, in_flight=welcome.update_in_flight)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 
 import pyarrow as pa
 
+from core.config import engine_for
 from core.schema import Prompt
 from rollout.engine import Engine, engine_kind
 from rollout.fingerprint import weights_fingerprint
@@ -53,9 +54,7 @@ class Evaluator:
         self._tokenizer = load_tokenizer(model_dir, key="MODEL")
         self._fingerprint = weights_fingerprint(model_dir)
         self._engine: Engine | None = None
-        # As in a run: vLLM takes longer to start than the embedded models take to answer.
-        embedded = options.engine == "auto" and options.model.startswith("embedded:")
-        self._kind = "torch" if embedded else engine_kind(options.engine, options.device)
+        self._kind = engine_kind(engine_for(options.engine, options.model), options.device)
         self._dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
         self._label = f"{model_dir.resolve().name}-{self._fingerprint[:8]}"
         self.out: Path = options.out or Path("runs") / "evaluations" / self._label / options.mode

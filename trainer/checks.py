@@ -34,7 +34,8 @@ from trainer.trackers import require_trackers
 
 
 class Place(NamedTuple):
-    """Where a run starts: this rank among `size`, its device, and whether it generates (a replay does not).
+    """Where a run starts: this rank among `size`, its device, whether it generates (a replay does not), and whether it
+    goes on from a checkpoint.
 
     Example: Place(rank=0, size=1, device=torch.device("cpu"))
     """
@@ -43,6 +44,7 @@ class Place(NamedTuple):
     size: int
     device: torch.device
     generates: bool = True
+    resumes: bool = False
 
 
 def check_start(config: Config, place: Place) -> None:
@@ -50,7 +52,7 @@ def check_start(config: Config, place: Place) -> None:
 
     Reads files of models and data, and imports a reward function in a process of its own (rank 0); changes nothing.
     """
-    check_config(config, place.size)
+    check_config(config, place.size, from_first_step=place.generates and not place.resumes)
     check_paths(config)
     models = _models(config)
     checks: list[Callable[[], None]] = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.config import Learner as LearnerSettings
+from core.memory import reduce_bucket
 from kernels.head import LogprobModel
 from trainer.objective import Forward
 from trainer.optimizer import MOMENTS, learning_rate, require_state
@@ -76,6 +77,7 @@ class DeepSpeedBackend:
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.updates = 0
+        self.bucket = reduce_bucket(sum(parameter.numel() for parameter in self.trained.values()))
         module = self._shard(LogprobModel(model))
         self.adamw = GatedAdamW(
             list(self.trained.values()),
@@ -156,7 +158,11 @@ class DeepSpeedBackend:
 
     def _config(self) -> dict[str, Any]:
         settings, low_precision = self.settings, self.dtype == torch.bfloat16
-        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS}
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "reduce_bucket_size": self.bucket,
+        }
         if settings.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
         if settings.offload == "parameters":

@@ -74,10 +74,14 @@ def find_placement(config: Config) -> Placement:
 
 
 def memory_report(
-    config: Config, placement: Placement, learner_dir: Path, explorer_dir: Path | None, *, ranks: int
+    config: Config, devices: Devices, learner_dir: Path, explorer_dir: Path | None, *, ranks: int
 ) -> list[str]:
     """What every process and GPU of this node will hold. ConfigError where a GPU cannot hold it, or cannot read what
-    it has to."""
+    it has to.
+
+    devices: from `take_gpus`, whose order of the GPUs is the one in which torch is asked about them.
+    """
+    placement = devices.placement
     if config.rollout.weights == "device":
         _require_peers(config, placement)
     try:

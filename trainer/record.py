@@ -17,7 +17,7 @@ from trainer.console import Console
 from trainer.report import LiveReport
 from trainer.run_directory import write_atomic
 from trainer.step_metrics import diversity_metrics, group_metrics
-from trainer.timeline import PROCESS, Part, Span, trace_leases, trace_step, wait_shares
+from trainer.timeline import PROCESS, Part, Spans, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
 from trainer.trackers import Trackers
 
@@ -55,9 +55,9 @@ class Recorder:
         parts: Sequence[Part],
         quota: Quota,
         metrics: Mapping[str, float],
-        spans: Mapping[str, Sequence[Span]],
+        ranks: Sequence[Spans],
     ) -> dict[str, Any]:
-        """A step trained: its line, which is returned as it was written, its rows and its spans."""
+        """A step trained: its line, which is returned as it was written, its rows and the spans of each rank."""
         groups = [group for part in parts for group in part.groups]
         seconds = time.monotonic() - self._began_s
         tokens = sum(min(row.completion.num_tokens, self._limit) for group in groups for row in group.rows)
@@ -77,7 +77,7 @@ class Recorder:
         self.console.step(written)
         self._trackers.log(written)
         write_rollouts(self.path, step, groups)
-        trace_step(self.tracer, step, parts, spans)
+        trace_step(self.tracer, step, parts, ranks)
         return written
 
     def _diversity(self, step: int, groups: Sequence[Group]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from core.configkeys import ConfigError
 from core.metrics import read_metrics
 from rollout.patience import Starved
 from rollout.pool import WorkersLost
+from rollout.status import Held
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
 from trainer.checkpoint import newest_checkpoint
@@ -30,6 +31,7 @@ from trainer.run_directory import RunDirectory
 from trainer.saving import Saver
 from trainer.signals import SIGNALS, Stopped, alive, show_stacks
 from trainer.stream import GroupStream, Rollouts
+from trainer.timeline import of_all_ranks, trace_loads
 from trainer.updates import Updates
 from trainer.world import World
 
@@ -92,10 +94,13 @@ class Session:
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Write down a step that trained, then evaluate and save where that is due."""
         if self.recorder is not None:
-            demand, metrics = self.materials.demand, metrics | self.stream.metrics() | self._watch(metrics)
+            metrics = metrics | self.stream.metrics() | self._watch(metrics)
+        ranks = of_all_ranks(self.stream.stages.take(), self.world)
+        if self.recorder is not None:
+            demand = self.materials.demand
             metrics |= demand.pace.metrics(step)
-            quota, stages = demand.quota(step), self.stream.stages.take()
-            demand.pace.observe(step, self.recorder.step(step, self.updates.parts, quota, metrics, stages))
+            line = self.recorder.step(step, self.updates.parts, demand.quota(step), metrics, ranks)
+            demand.pace.observe(step, line)
         if self._evaluation_due(step):
             self._evaluate(step)
         if step == self.config.algorithm.steps or step % self.config.checkpoint.every == 0:
@@ -112,8 +117,8 @@ class Session:
         self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
         config = self.config = recorded_part(config, self.command.replay)
-        generates = self.command.replay is None
-        check_start(config, Place(self.world.rank, self.world.size, self.world.device, generates=generates))
+        place = Place(self.world.rank, self.world.size, self.world.device)
+        check_start(config, place._replace(generates=self.command.replay is None, resumes=self.command.resume))
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
@@ -148,24 +153,27 @@ class Session:
     def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
         """Rank 0: which weights the workers have, and whether their log-probs are the learner's."""
         assert self.recorder is not None
-        held = {} if self.stream.rollouts is None else self.stream.rollouts.held_weights()
-        if held:
-            versions = {f"of {worker}": version for worker, version in held.items()}
-            self.recorder.tracer.counter("weights", time.monotonic(), **versions)
-        if self.stream.rollouts is not None:
-            planned = self.stream.rollouts.timetable.learners(self.learner.step)
-            self.recorder.tracer.counter("learner workers", time.monotonic(), planned=planned, ready=len(held))
+        tracer, rollouts, held = self.recorder.tracer, self.stream.rollouts, Held({}, [])
+        if rollouts is not None:
+            with suppress(TimeoutError):  # the pool is too busy to say
+                held = rollouts.pool.held_weights()
+            planned = rollouts.timetable.learners(self.learner.step)
+            tracer.counter("learner workers", time.monotonic(), planned=planned, ready=len(held.versions))
+        if held.versions:
+            versions = {f"of {worker}": version for worker, version in held.versions.items()}
+            tracer.counter("weights", time.monotonic(), **versions)
+        trace_loads(tracer, held.loads)
         found = self.alarm.check(self.learner.step, metrics)
         if self.alarm.text:
             self.recorder.console.warn(self.alarm.text)
-        return found | weight_metrics(held)
+        return found | weight_metrics(held.versions)
 
     def _memory(self) -> list[str]:
-        placement, materials = self.devices.placement, self.materials
+        devices, materials = self.devices, self.materials
         report = memory_report(
-            self.config, placement, materials.learner_dir, materials.explorer_dir, ranks=self.world.size
+            self.config, devices, materials.learner_dir, materials.explorer_dir, ranks=self.world.size
         )
-        return [placement.line(), *report]
+        return [devices.placement.line(), *report]
 
     def _start_rollouts(self, directory: RunDirectory, console: Console, checkpoint: Path | None) -> Rollouts | None:
         """Rank 0: open the files it writes and start the workers; a replay has none."""

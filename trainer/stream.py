@@ -2,13 +2,13 @@
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from core.config import Config
+from core.configcheck import require_explorers
 from core.schema import Group, Prompt, ScoredCompletion, Source
 from rollout.buffer import BufferState, ReplayBuffer
 from rollout.completion_store import CompletionStore
@@ -81,9 +81,11 @@ class Rollouts:
 
     def start(self, after: int) -> None:
         """Start the workers for the steps after `after`: 0, or the one that was restored. No explorer where none of
-        these steps owes it anything; under handover such a process begins where it would end, among the learner's."""
+        these steps owes it anything; under handover such a process begins where it would end, among the learner's.
+        ConfigError where explorers are needed and none can come."""
         left = [step for step in self.demand.explorer_steps if step > after]
         if left and (self.reuse is None or not self.reuse.complete(left)):
+            require_explorers(self.config)
             self._start_explorers()
         elif 0 < self.demand.last_explorer_step <= after and self.config.rollout.roles == "handover":
             self._start_explorers(Source.LEARNER)
@@ -145,12 +147,6 @@ class Rollouts:
             **{name: float(value) for name, value in self.ledger.totals().items()},
             **({} if self.reuse is None else self.reuse.metrics()),
         }
-
-    def held_weights(self) -> dict[str, int]:
-        """Weights version that each ready learner worker has, by its name; none where the pool is too busy to say."""
-        with suppress(TimeoutError):
-            return {name.rpartition(".")[0]: version for name, version in self.pool.held_weights().items()}
-        return {}
 
     def close(self) -> None:
         """Stop workers and scorers."""
@@ -239,10 +235,7 @@ class GroupStream:
 
     def metrics(self) -> dict[str, float]:
         """Waiting times and gauges of the last step."""
-        seconds = {
-            "time/wait_for_batch": self.stages.seconds("wait"),
-            "time/publish": self.stages.seconds("publish"),
-        }
+        seconds = {"time/wait_for_batch": self.stages.seconds("wait"), "time/publish": self.stages.seconds("publish")}
         return seconds | ({} if self.rollouts is None else self.rollouts.metrics())
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:

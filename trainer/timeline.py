@@ -6,10 +6,14 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
-from core.schema import Group, ScoredCompletion, Source
-from trainer.tracer import Moment, Tracer
+import msgspec
 
-PROCESS = "trainer"
+from core.schema import Group, ScoredCompletion, Source
+from rollout.messages import Load
+from trainer.tracer import Moment, Tracer
+from trainer.world import World
+
+PROCESS = "trainer"  # rank 0
 STORED = "store"  # the worker of completions that were read, not generated
 
 
@@ -25,6 +29,9 @@ class Span(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.end_s - self.start_s
+
+
+Spans = dict[str, list[Span]]  # of a rank's stages, by name
 
 
 class Part(NamedTuple):
@@ -44,7 +51,7 @@ class Stages:
     """
 
     def __init__(self) -> None:
-        self._spans: dict[str, list[Span]] = {}
+        self._spans: Spans = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -62,7 +69,7 @@ class Stages:
         """When a stage happened last."""
         return self._spans[name][-1]
 
-    def take(self) -> dict[str, list[Span]]:
+    def take(self) -> Spans:
         """All spans, to begin anew."""
         spans, self._spans = self._spans, {}
         return spans
@@ -82,14 +89,21 @@ def wait_shares(parts: Sequence[Part]) -> dict[str, float]:
     return shares
 
 
-def trace_step(tracer: Tracer, step: int, parts: Sequence[Part], spans: Mapping[str, Sequence[Span]]) -> None:
-    """The stages of a step, its leases on the tracks of their workers, and an arrow from each lease to its updates."""
-    for name, members in spans.items():
-        for span in members:
-            tracer.add(PROCESS, name, name, span.start_s, span.end_s, {"step": step})
+def of_all_ranks(spans: Spans, world: World) -> list[Spans]:
+    """What every rank did, in the ranks' order; every rank calls it."""
+    return [msgspec.msgpack.decode(each, type=Spans) for each in world.gather_bytes(msgspec.msgpack.encode(spans))]
+
+
+def trace_step(tracer: Tracer, step: int, parts: Sequence[Part], ranks: Sequence[Spans]) -> None:
+    """The stages of each rank in a step, its leases on the tracks of their workers, and an arrow from each lease to its
+    updates on rank 0."""
+    for rank, stages in enumerate(ranks):
+        process = f"{PROCESS} rank {rank}" if rank else PROCESS
+        for name, span in ((name, span) for name, members in stages.items() for span in members):
+            tracer.add(process, name, name, span.start_s, span.end_s, {"step": step})
     trace_leases(tracer, f"step {step}", chain.from_iterable(map(_rows, parts)), {"step": step})
     for part in parts:
-        trains = next((span for span in spans.get("train", ()) if span.start_s >= part.wait.end_s), None)
+        trains = next((span for span in ranks[0].get("train", ()) if span.start_s >= part.wait.end_s), None)
         if trains is not None:
             for lease in _by_lease(_rows(part)).values():
                 tracer.arrow("trains", _end(lease), Moment(PROCESS, "train", trains.start_s))
@@ -103,6 +117,12 @@ def trace_leases(tracer: Tracer, name: str, rows: Iterable[ScoredCompletion], ar
         versions = sorted({row.completion.version for row in members})
         counts = {"completions": len(members), "weights": versions}
         tracer.add(worker, track, name, started_s, finished_s, {**args, **counts})
+
+
+def trace_loads(tracer: Tracer, loads: Iterable[tuple[str, Load]]) -> None:
+    """One span per load of new weights, on a track of its worker."""
+    for worker, load in loads:
+        tracer.add(worker, "load", f"weights {load.version}", load.started_s, load.finished_s)
 
 
 def _rows(part: Part) -> Iterator[ScoredCompletion]:

@@ -100,6 +100,12 @@ class World:
         dist.all_gather(list(found), tensor, group=self._group_of(tensor))
         return found
 
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """The bytes of every rank, which has some, in the ranks' order."""
+        lengths = self.gathered(torch.tensor([len(payload)]))[:, 0].tolist()
+        padded = torch.frombuffer(bytearray(payload.ljust(max(lengths), b"\0")), dtype=torch.uint8)
+        return [row[:length].numpy().tobytes() for row, length in zip(self.gathered(padded), lengths)]
+
     def agree(self, what: str, value: str) -> None:
         """Raise ValueError on every rank unless all ranks hold the same `value`; `what` names it in the message."""
         if self.size == 1:

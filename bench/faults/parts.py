@@ -12,7 +12,19 @@ from core.schema import Completion, CompletionKey, Sampling, Source, pack_logpro
 from core.seeds import completion_seed
 from rollout.fingerprint import fingerprints
 from rollout.frame import session_of
-from rollout.messages import Deliver, FromTrainer, FromWorker, Heartbeat, Hello, Join, Lease, LeaseItem, Leave, Welcome
+from rollout.messages import (
+    Deliver,
+    FromTrainer,
+    FromWorker,
+    Heartbeat,
+    Hello,
+    Join,
+    Lease,
+    LeaseItem,
+    Leave,
+    Load,
+    Welcome,
+)
 from rollout.wire import Link
 
 T = TypeVar("T")
@@ -134,11 +146,13 @@ class ScriptedWorker:
         marks = fingerprints(model, weights=self.role == Source.EXPLORER)
         self.say(Hello(fingerprints=marks, vocab_size=vocab_size), self.heartbeat())
 
-    def heartbeat(self, *, produced: int = 0, unacknowledged: int = 0, leases: tuple[str, ...] = ()) -> Heartbeat:
+    def heartbeat(
+        self, *, produced: int = 0, unacknowledged: int = 0, leases: tuple[str, ...] = (), loads: tuple[Load, ...] = ()
+    ) -> Heartbeat:
         self.beat += 1
         return Heartbeat(
             beat=self.beat, progress=self.beat, doing="as told", produced=produced, unacknowledged=unacknowledged,
-            leases=leases, version=0,
+            leases=leases, version=0, loads=loads,
         )  # fmt: skip
 
     def deliver(self, seq: int, lease: Lease, slot: int, sample: int, **changes: Any) -> Deliver:

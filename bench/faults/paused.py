@@ -60,7 +60,7 @@ def trainer(seed: int) -> Verdict:
 @row("F6b", "SIGSTOP of rank 1 of two for longer than liveness, then SIGCONT")
 def rank_1(seed: int) -> Verdict:
     steps = 40
-    run = Run("paused-rank", algorithm__steps=steps, learner__micro_batch_rows=4)
+    run = Run("paused-rank", algorithm__steps=steps)
     run.start(launcher=(*TORCHRUN, "2"))
     run.wait_for_step(3)
     victim = rank_of(run, 1)

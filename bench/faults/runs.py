@@ -27,7 +27,6 @@ SETTINGS: dict[str, object] = {
     "algorithm.group_size": GROUP,
     "algorithm.prompts_per_step": PROMPTS,
     "algorithm.mini_batch_prompts": 2,
-    "learner.micro_batch_rows": 8,
     "learner.warmup_updates": 1,
     "learner.learning_rate": 1e-3,
     "rollout.lease_prompts": 2,

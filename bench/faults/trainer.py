@@ -83,7 +83,7 @@ def kill_children(seed: int) -> Verdict:
 
 @row("F6", "kill -9 of rank 1 of two")
 def kill_rank_1(seed: int) -> Verdict:
-    run = Run("two-ranks", algorithm__steps=2000, learner__micro_batch_rows=4)
+    run = Run("two-ranks", algorithm__steps=2000)
     run.start(launcher=(*TORCHRUN, "2"))
     run.wait_for_step(3)
     family, victim, start = list(run.family()), rank_of(run, 1), time.monotonic()

@@ -91,7 +91,7 @@ CORRECTION_ARMS = (
     Arm("source_baseline", "anchor sampler, own baseline", "s2l", overrides=(MIX, "algorithm.baseline=source")),
     Arm("authors_code", "authors' code", "s2l",
         overrides=(MIX, "algorithm.mixing=authors_code", "correction.explorer.anchor=learner",
-                   "correction.learner.weight=none", "loss.kl_rows=all", "{phase_rows}")),
+                   "correction.learner.weight=none", "loss.kl_rows=all")),
     Arm("rescue", "rescue", "grpo", overrides=(MIX, "algorithm.mixing=rescue", "algorithm.rescue_quota=2")),
 )  # fmt: skip
 

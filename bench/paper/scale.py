@@ -83,11 +83,10 @@ def tiny(work: Path, *, steps: int = 48) -> Scale:
     data = data_folder(work)
     files = write_splits(data)
     files |= hard_problems(data, files, family.learner)
-    # micro_batch_rows is read under micro_batch_tokens=0 only; it stays, since runs on record are keyed by their words.
     common = (
-        str(CONFIGS / "tiny.toml"), f"algorithm.steps={steps}", "learner.micro_batch_rows=128",
-        f"evaluation.every={max(1, steps // 4)}", f"evaluation.diversity_every={max(1, steps // 4)}",
-        f"checkpoint.every={steps}", "reward.function=bench.paper_reward:countdown", "stream.liveness_s=60",
+        str(CONFIGS / "tiny.toml"), f"algorithm.steps={steps}", f"evaluation.every={max(1, steps // 4)}",
+        f"evaluation.diversity_every={max(1, steps // 4)}", f"checkpoint.every={steps}",
+        "reward.function=bench.paper_reward:countdown", "stream.liveness_s=60",
     )  # fmt: skip
     base = {}
     for name, pair in models.items():
@@ -97,9 +96,8 @@ def tiny(work: Path, *, steps: int = 48) -> Scale:
             f"data.eval={files[test]}", f"evaluation.problems={limit}",
         )  # fmt: skip
     shared = schedule(steps, 8) | {
-        "phase_rows": "learner.micro_batch_rows=16",
         # Rescue with 2 spare completions makes 10 of them per prompt: 40 prompts of 8 make as many.
-        "more_prompts": "algorithm.prompts_per_step=40 algorithm.mini_batch_prompts=20 learner.micro_batch_rows=160",
+        "more_prompts": "algorithm.prompts_per_step=40 algorithm.mini_batch_prompts=20",
         "filtered": str(data / "filtered"),
     }
     filtered_store(Path(shared["filtered"]), (*base["main"], f"algorithm.anneal_steps={shared['half']}"))
@@ -130,7 +128,6 @@ def paper(options: Sequence[str], *, models: Path, data: Path, gpus: int) -> Sca
         values[name] = schedule(16, 16) | {
             "learner": str(models / learner),
             "filtered": str(data / "filtered"),
-            "phase_rows": "learner.micro_batch_rows=2",
             "more_prompts": "algorithm.prompts_per_step=1152",
         }
     return Scale("paper", 16, base, values, launcher=("torchrun", f"--nproc-per-node={gpus}"))

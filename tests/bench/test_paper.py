@@ -78,10 +78,7 @@ def test_an_abrupt_switch_of_equal_samples():
 
 def plain_scale():
     base = {setting: ("algorithm.steps=4",) for setting in PRESETS}
-    values = {
-        setting: schedule(16, 8) | {"learner": "l", "filtered": "f", "phase_rows": "", "more_prompts": ""}
-        for setting in PRESETS
-    }
+    values = {setting: schedule(16, 8) | {"learner": "l", "filtered": "f", "more_prompts": ""} for setting in PRESETS}
     return Scale("tiny", 4, base, values, ("evaluation.problems=8",), ("1e-4", "2e-4"))
 
 
@@ -278,7 +275,7 @@ def test_one_real_arm(tmp_path):
     files = write_splits(tmp_path / "data")
     base = (
         "algorithm.steps=2", "algorithm.prompts_per_step=4", "algorithm.mini_batch_prompts=2", "algorithm.group_size=4",
-        "learner.micro_batch_rows=8", f"learner.model={tmp_path}/family/learner",
+        f"learner.model={tmp_path}/family/learner",
         f"explorer.model={tmp_path}/family/explorer", f"data.train={files['train']}", f"data.eval={files['test']}",
         "evaluation.problems=4", "evaluation.every=1", "reward.function=bench.paper_reward:countdown",
     )  # fmt: skip

@@ -180,6 +180,7 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ("algorithm.driver_high=0.6", 'algorithm.driver = "clock"', "algorithm.driver=ess"),
         ("learner.zero_stage=3", 'learner.backend = "torch"', "learner.backend=deepspeed"),
         ("learner.recompute=selective", "learner.gradient_check", "learner.gradient_checkpointing=true"),
+        ("learner.micro_batch_rows=16", "learner.micro_batch_tokens = 8192", "learner.micro_batch_tokens=0"),
         ("learner.lora_alpha=8", "learner.lora_rank = 0", "learner.lora_rank=32"),
         ("correction.explorer.cap=3", 'correction.explorer.weight = "none"', "correction.explorer.weight=token_tis"),
         ("correction.learner.low=0.6", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
@@ -224,6 +225,7 @@ def test_an_engine_that_is_not_decided_yet_may_spread_over_gpus():
         ["algorithm.anneal_steps=1"],
         ["algorithm.anneal_steps=0", "explorer.processes=0"],
         ["explorer.processes=0", "stream.endpoint=ipc:///tmp/s2lpo.sock"],
+        ["explorer.processes=0", "--resume"],  # its checkpoint tells what explorers still owe
         ["explorer.top_p=0.9", "correction.explorer.anchor=learner"],
         ["data.eval=", "evaluation.k=[99]"],
         ["algorithm.mixing=authors_code"],
@@ -366,8 +368,6 @@ def test_explain_states_which_batch_is_which():
         "32 prompts x 8 completions = 256 completions per step; 2 optimizer updates of 128, "
         "micro-batches of 8192 tokens" in lines
     )
-    rows = load_config(None, ["learner.micro_batch_rows=16"])
-    assert any("8192 tokens (packed, so learner.micro_batch_rows is not read)" in line for line in explain(rows))
     assert any("owes 5,728 of 20,480 completions (28%), the last at step 39" in line for line in lines)
     assert any("256 problems x 8 completions" in line and "every 20 steps" in line for line in lines)
 

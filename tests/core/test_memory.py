@@ -12,6 +12,7 @@ from core.memory import (
     head_bytes,
     host_bytes,
     model_shape,
+    reduce_bucket,
     tokens_per_pass,
     trainer_parts,
 )
@@ -85,6 +86,15 @@ def test_zero_stages_shard_over_four_ranks(
     found = [parts[name] / P for name in ("weights", "gradients", "optimizer", "fp32 masters")]
     assert found == pytest.approx([weights, gradients, optimizer, masters])
     assert parts["reference"] == parts["weights"]  # spread as the trained model is
+
+
+def test_deepspeed_reduces_through_a_bucket_no_larger_than_what_trains() -> None:
+    words = ["learner.backend=deepspeed", "learner.zero_stage=2"]
+    adapters = LARGE.adapter_parameters(8)
+    assert reduce_bucket(P) == 500_000_000 > reduce_bucket(adapters) == adapters
+    for more, bucket in (([], 500_000_000), (["learner.lora_rank=8"], adapters)):
+        parts = trainer_parts(config(*words, *more), LARGE, None, ranks=2)
+        assert parts["DeepSpeed buffers"] == bucket * (2 + 4)
 
 
 def test_offloaded_states_are_in_host_memory() -> None:

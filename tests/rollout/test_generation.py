@@ -119,7 +119,7 @@ class Desk:
         self.asked.append(version)
         return self.next_version()
 
-    def loaded(self, version: int) -> None:
+    def loaded(self, version: int, started_s: float) -> None:
         self.loaded_versions.append(version)
 
     def deliver(self, completion: object) -> None:

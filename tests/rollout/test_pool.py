@@ -1,5 +1,6 @@
 """WorkerPool with real sockets: what it believes (scripted workers), and what it survives (real processes)."""
 
+import math
 import os
 import signal
 import threading
@@ -18,9 +19,10 @@ from core.config import Config
 from core.schema import Source, pack_logprobs, pack_tokens
 from core.seeds import completion_seed
 from rollout.fingerprint import file_digest, fingerprints
-from rollout.messages import Acknowledge, Grant, Hello, Join, Lease, Leave, Refused, Rejoin, Stop, Weights
+from rollout.messages import Acknowledge, Grant, Hello, Join, Lease, Leave, Load, Refused, Rejoin, Stop, Weights
 from rollout.pool import WorkerPool, WorkersLost
 from rollout.roster import MAX_PEERS, RoleTerms
+from rollout.status import Held
 from rollout.wire import Link
 
 PoolMaker = Callable[..., WorkerPool]
@@ -237,6 +239,8 @@ def test_a_worker_whose_books_do_not_balance_is_refused(
         [
             ({"produced": 5, "unacknowledged": 2}, "3 acknowledged completions, but only 0 were received"),
             ({"produced": 10**9}, "says it produced 1000000000"),
+            ({"loads": (Load(version=1, started_s=math.nan, finished_s=2.0),)}, "says it loaded weights in impossible"),
+            ({"loads": (Load(version=1, started_s=2.0, finished_s=1.0),)}, "says it loaded weights in impossible"),
         ]
     ):
         worker = scripted(pool, f"liar.{number}")
@@ -533,7 +537,7 @@ def test_a_poisoned_engine_is_rejected_and_named(
 def test_learner_workers_load_weights_before_leases_that_need_them(
     make_pool: PoolMaker, sink: Sink, model: Path
 ) -> None:
-    pool, file = make_pool(), model / "model.safetensors"
+    pool, file, start_s = make_pool(), model / "model.safetensors", time.monotonic()
     pool.spawn(Source.LEARNER, 0)
     pool.submit([make_lease(0, source=Source.LEARNER), make_lease(1, source=Source.LEARNER, version=1)])
     sink.wait(16, pool.check)
@@ -546,6 +550,17 @@ def test_learner_workers_load_weights_before_leases_that_need_them(
     sink.wait(128, pool.check)
     assert [completion.version for completion in sink.completions[:16]] == [0] * 16
     assert {completion.version for completion in sink.completions[16:]} == {1}
+    loads: list[tuple[str, Load]] = []
+
+    def both_told() -> bool:
+        loads.extend(pool.held_weights().loads)
+        return len(loads) >= 2
+
+    eventually(both_told, "each worker's load, by its heartbeats")
+    time.sleep(3 * pool.config.stream.heartbeat_s)  # which repeat it
+    assert pool.held_weights() == Held({"learner-0": 1, "learner-1": 1}, [])
+    assert sorted(name.partition(".")[0] for name, _ in loads) == ["learner-0", "learner-1"]
+    assert all(load.version == 1 and start_s < load.started_s <= load.finished_s for _, load in loads)
 
 
 def test_damaged_weights_are_not_loaded(make_pool: PoolMaker, model: Path) -> None:

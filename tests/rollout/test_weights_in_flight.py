@@ -114,7 +114,7 @@ class Desk:
         fresh = self.steps >= self.after and self.weights.version not in self.loaded_versions
         return self.weights if fresh else None
 
-    def loaded(self, version: int) -> None:
+    def loaded(self, version: int, started_s: float) -> None:
         self.loaded_versions.append(version)
 
     def deliver(self, completion: object) -> None:

@@ -140,6 +140,20 @@ def test_a_model_that_is_not_here_is_named(make_pool: PoolMaker, by_hand: Callab
     assert "s2l-po: model directory /nowhere/model does not exist here" in worker.text
 
 
+def test_an_engine_that_cannot_read_weights_on_the_device_is_refused_before_it_works(
+    make_pool: PoolMaker, by_hand: Callable[..., ByHand], config: Config
+) -> None:
+    """As an explorer, whose weights never change, it may join."""
+    pool = make_pool(msgspec.structs.replace(config, rollout=msgspec.structs.replace(config.rollout, weights="device")))
+    worker = by_hand("--connect", pool.endpoint, "--role", "learner", module="rollout.worker")
+    assert worker.end() == 2
+    assert "s2l-po: engine bench.faults.engine:make has no method load_shared(file, *, version, digest)" in worker.text
+    assert worker.text.rstrip().endswith("or start the run with rollout.weights=memory")
+    assert "Traceback" not in worker.text
+    by_hand("--connect", pool.endpoint)
+    eventually(ready(pool))
+
+
 def test_a_worker_without_a_trainer_gives_up_and_says_so(by_hand: Callable[..., ByHand], tmp_path: Path) -> None:
     worker = by_hand("--connect", f"ipc://{tmp_path}/hub", "--patience", "0.5")
     assert worker.end() == 1

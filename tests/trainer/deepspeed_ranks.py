@@ -84,6 +84,7 @@ def run(job, model_dir, work, world, steps):
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
     model_dir = Path(job["model"] or model_dir)
     learner = Learner.load(config, model_dir=model_dir, explorer_dir=None, world=world, checkpoint=checkpoint)
+    bucket = learner.backend.engine.zero_reduce_bucket_size()
     metrics, whole = [], sum(p.numel() for p in learner.model.parameters())
     for step in range(learner.step, len(steps)):
         hook = poison(learner) if step == job["poisoned"] and world.rank == world.size - 1 else None
@@ -100,6 +101,7 @@ def run(job, model_dir, work, world, steps):
     if world.is_main:
         save_file(shared, out / "shared.safetensors")
         facts = {"metrics": metrics, "updates": learner.backend.updates, "step": learner.step, "whole": whole}
+        facts["bucket"] = bucket
         (out / "facts.json").write_text(json.dumps(facts))
     save_file(dict(learner.backend.state()), out / f"state_{world.rank}.safetensors")
 

@@ -47,7 +47,6 @@ SETTINGS = {
     "algorithm.group_size": 4,
     "algorithm.prompts_per_step": 8,
     "algorithm.mini_batch_prompts": 4,
-    "learner.micro_batch_rows": 4,
     "learner.warmup_updates": 1,
     "learner.learning_rate": 1e-3,
     "rollout.lease_prompts": 4,

@@ -227,6 +227,16 @@ def test_packing_checkpointing_and_offload_change_nothing(bench, name):
     assert largest_gap(bench.weights(name), bench.expected) <= 1e-5
 
 
+def test_the_reduce_bucket_is_no_larger_than_what_trains(bench):
+    """DeepSpeed allocates it whole; here all parameters, and of a LoRA run only its adapters."""
+    trained = sum(tensor.numel() for tensor in load_file(bench.learner_dir / "model.safetensors").values())
+    for stage in STAGES[1:]:
+        assert bench.facts(f"ranks_2_stage_{stage}")["bucket"] == trained
+    state = load_file(bench.work / "lora_3" / "state_0.safetensors")
+    adapters = sum(tensor.numel() for name, tensor in state.items() if name.startswith("exp_avg."))
+    assert bench.facts("lora_2")["bucket"] == bench.facts("lora_3")["bucket"] == adapters < trained
+
+
 def test_an_untied_head_is_sharded_too(bench):
     assert largest_gap(bench.weights("untied_head"), bench.plain(SETTINGS, model=bench.work / "untied")) <= 1e-5
     assert "lm_head.weight" in bench.weights("untied_head")

@@ -183,7 +183,7 @@ def test_ranks_share_the_packed_rows(
 def test_a_budget_below_one_row_is_refused(tiny_config):
     with pytest.raises(ConfigError, match=r"learner\.micro_batch_tokens = 20 cannot hold a row: use 28"):
         check_config(tiny_config({"learner.micro_batch_tokens": 20}))
-    check_config(tiny_config({"learner.micro_batch_tokens": 28, "learner.micro_batch_rows": 3}), world_size=3)
+    check_config(tiny_config({"learner.micro_batch_tokens": 28, "learner.micro_batch_rows": 64}), world_size=3)
 
 
 @pytest.mark.parametrize(

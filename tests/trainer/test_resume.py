@@ -16,6 +16,7 @@ from run_parts import arguments, eventually, finish, kill, reference_run, start,
 from safetensors.torch import load_file
 
 from core.anneal import explorer_quota
+from core.configkeys import ConfigError
 from rollout.store import read_rollouts
 
 # What a clock or the machine decides, and faults, which an interrupted run has more of.
@@ -105,6 +106,23 @@ def test_a_spoilt_checkpoint_is_skipped_loudly_and_the_one_before_it_gives_the_s
     assert "model.safetensors does not have the SHA-256 that was written" in said.err
     assert "continuing after step 4" in said.out
     assert_the_same_run(run_dir, reference)
+
+
+@pytest.mark.slow
+def test_a_run_whose_steps_to_come_ask_nothing_of_explorers_goes_on_without_any(root: Path, tmp_path: Path) -> None:
+    """α is 0 from step 4 on. Without its checkpoints the run would start again, and wait for explorers for ever."""
+    reference = reference_run(root)[0]
+    for kept, refused in (("step_4", False), ("none", True)):
+        run_dir = shutil.copytree(reference, tmp_path / kept)
+        for checkpoint in (run_dir / "checkpoints").iterdir():
+            if checkpoint.name != kept:
+                shutil.rmtree(checkpoint)
+        words = [*arguments(root, run_dir, explorer__processes=0), "--resume"]
+        if refused:
+            with pytest.raises(ConfigError, match=r"explorer\.processes = 0 with .* Use explorer\.processes=1"):
+                train_here(words)
+        else:
+            assert_the_same_run(train_here(words), reference)
 
 
 @pytest.mark.slow

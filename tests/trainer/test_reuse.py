@@ -78,7 +78,7 @@ def test_a_resumed_run_counts_on(root: Path, tmp_path: Path) -> None:
 def test_another_learner_with_larger_groups_generates_only_the_difference(root: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     train_here(arguments(root, tmp_path / "first", explorer__store=store, **SETTINGS))
-    wider = SETTINGS | {"algorithm__group_size": 6, "learner__micro_batch_rows": 6}
+    wider = SETTINGS | {"algorithm__group_size": 6}
     other = run_parts.tiny_family(root).explorer  # another learner of the family, with the same tokenizer
     second = train_here(arguments(root, tmp_path / "second", explorer__store=store, learner__model=other, **wider))
     account = run_parts.ledger(second)

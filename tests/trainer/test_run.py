@@ -208,6 +208,16 @@ def test_two_ranks_train_what_one_trains(reference: Path, ranks: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_trace_has_the_stages_of_every_rank(ranks: Path) -> None:
+    events = read_trace(ranks)
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    trained = Counter(names[event["pid"]] for event in events if event["ph"] == "X" and event["name"] == "train")
+    assert trained == {"trainer": 12, "trainer rank 1": 12}  # 6 steps of two updates
+    stages = {event["name"] for event in events if event["ph"] == "X" and names[event["pid"]] == "trainer rank 1"}
+    assert {"wait", "pack", "score", "train", "publish"} <= stages
+
+
+@pytest.mark.slow
 def test_two_nodes_of_a_rank_each_train_the_bits_of_one_node_with_two(ranks: Path, root: Path, tmp_path: Path) -> None:
     """As docs/cluster.md starts them: a torchrun per node, of fixed rank, with rank 0's address."""
     with socket.create_server(("127.0.0.1", 0)) as probe:

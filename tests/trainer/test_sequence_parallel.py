@@ -158,7 +158,7 @@ def test_a_part_of_prompt_tokens_predicts_nothing_that_counts(tiny_config, made_
     ],
 )
 def test_what_needs_whole_rows_is_refused(tiny_config, overrides, message):
-    base = {"learner.sequence_parallel": 2, "learner.micro_batch_tokens": 14}
+    base = {"learner.sequence_parallel": 2, "learner.micro_batch_tokens": 14, "learner.micro_batch_rows": 64}
     check_config(tiny_config(base))
     with pytest.raises(ConfigError, match=message):
         check_config(tiny_config(base | overrides))

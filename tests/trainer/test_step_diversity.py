@@ -67,7 +67,7 @@ def test_self_bleu_comes_every_so_many_steps(
             groups = made_up_groups(explorer=4, learner=4, step=step)
             metrics = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "time/wait_for_batch": 0.0}
             parts = [Part(tuple(groups), Span(0.0, 0.0))]
-            recorder.step(step, parts, Quota(4, 4), metrics, {"wait": [Span(0.0, 0.0)]})
+            recorder.step(step, parts, Quota(4, 4), metrics, [{"wait": [Span(0.0, 0.0)]}])
         recorder.close()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines if "learner/self_bleu" in line] == measured

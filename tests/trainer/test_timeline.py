@@ -6,8 +6,9 @@ import pytest
 
 from core.config import Algorithm, Config, Explorer
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
+from rollout.messages import Load
 from trainer.diagnosis import diagnosis
-from trainer.timeline import Part, Span, Stages, trace_step, wait_shares
+from trainer.timeline import Part, Span, Stages, trace_loads, trace_step, wait_shares
 from trainer.tracer import Tracer, read_trace
 
 
@@ -76,7 +77,7 @@ def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
         "train": [Span(11.1, 11.4), Span(12.8, 14.0)],
     }
     parts = [Part((group(*rows),), wait) for rows, wait in zip((ROWS[:1], ROWS[1:]), spans["wait"])]
-    trace_step(tracer, 1, parts, spans)
+    trace_step(tracer, 1, parts, [spans, {"train": [Span(11.2, 11.5)]}])
     tracer.close()
     events = read_trace(tmp_path)
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -86,9 +87,12 @@ def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
         if event["name"] == "thread_name"
     }
     assert rows.keys() == {
-        ("trainer", "wait"), ("trainer", "score"), ("trainer", "train"), ("explorer-0.a", "generate"),
-        ("learner-0.b", "generate"),
+        ("trainer", "wait"), ("trainer", "score"), ("trainer", "train"), ("trainer rank 1", "train"),
+        ("explorer-0.a", "generate"), ("learner-0.b", "generate"),
     }  # fmt: skip
+    (other,) = [event for event in events if (event["pid"], event.get("tid")) == rows["trainer rank 1", "train"]
+                and event["ph"] == "X"]  # fmt: skip
+    assert (other["ts"], other["dur"], other["args"]) == (11.2e6, 0.3e6, {"step": 1})
     leases = [event for event in events if event["ph"] == "X" and event["name"] == "step 1"]
     assert [event["args"]["completions"] for event in leases] == [1, 2]
     starts = [event for event in events if event["ph"] == "s"]
@@ -106,13 +110,22 @@ def test_every_lease_points_at_the_updates_it_trained(tmp_path: Path) -> None:
 def test_a_lease_whose_rows_train_in_two_parts_is_drawn_once(tmp_path: Path) -> None:
     tracer = Tracer(tmp_path)
     parts = [Part((group(ROWS[1]),), Span(8.0, 9.5)), Part((group(ROWS[2]),), Span(10.0, 12.5))]
-    trace_step(tracer, 1, parts, {"train": [Span(9.5, 10.0), Span(12.5, 13.0)]})
+    trace_step(tracer, 1, parts, [{"train": [Span(9.5, 10.0), Span(12.5, 13.0)]}])
     tracer.close()
     events = read_trace(tmp_path)
     (lease,) = [event for event in events if event["ph"] == "X" and event["name"] == "step 1"]
     assert (lease["ts"], lease["dur"], lease["args"]["completions"]) == (8e6, 4e6, 2)
     assert sorted(event["ts"] for event in events if event["ph"] == "s") == [9e6, 12e6]  # as their rows were finished
     assert sorted(event["ts"] for event in events if event["ph"] == "f") == [9.5e6, 12.5e6]
+
+
+def test_each_load_of_weights_is_a_span_on_its_worker(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path)
+    trace_loads(tracer, [("learner-0.b", Load(version=3, started_s=8.5, finished_s=8.75))])
+    tracer.close()
+    process, track, load = read_trace(tmp_path)
+    assert (process["args"]["name"], track["args"]["name"]) == ("learner-0.b", "load")
+    assert (load["name"], load["ts"], load["dur"]) == ("weights 3", 8.5e6, 0.25e6)
 
 
 def line(**seconds: float) -> dict[str, float]:

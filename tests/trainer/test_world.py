@@ -19,6 +19,8 @@ for name, payload in (("bytes", b"\\x00payload\\xff"), ("nothing", b"")):
 total = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 world.sum_(total)
 everyone = world.gathered(torch.tensor([float(world.rank), -2.0]))
+parts = world.gather_bytes(b"\\x00" * world.rank + b"end")
+found["parts"] = [part.hex() for part in parts]
 found |= {"sum": total.tolist(), "gathered": everyone.tolist(), "highest": world.highest(5 - world.rank)}
 world.agree("the configuration", "same")
 world.barrier("start")
@@ -75,6 +77,7 @@ def test_a_single_process_needs_no_network(monkeypatch):
     assert (world.rank, world.size, world.is_main, world.device.type) == (0, 1, True, "cpu")
     assert value.tolist() == [1.5]
     assert world.broadcast_bytes(b"abc") == b"abc"
+    assert world.gather_bytes(b"abc") == [b"abc"]
     assert world.highest(3) == 3
     world.await_main()
     assert not torch.distributed.is_initialized()
@@ -125,6 +128,7 @@ def test_two_ranks_exchange_agree_and_name_who_is_late(run_ranks):
         assert bytes.fromhex(found["bytes"]) == b"\x00payload\xff"
         assert found["nothing"] == ""
         assert found["sum"] == [3.0, 30.0]
+        assert [bytes.fromhex(part) for part in found["parts"]] == [b"end", b"\x00end"]
         assert found["gathered"] == [[0.0, -2.0], [1.0, -2.0]]
         assert "the configuration differs between rank 0 and rank 1" in found["agree"]
         assert "the barrier differs between rank 0 and rank 1" in found["names"]
