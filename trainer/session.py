@@ -118,12 +118,13 @@ class Session:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")
-        history = read_metrics(self.path) if self.command.resume else ()
+        found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
+        # Later steps happen again: what a killed run wrote of them does not count.
+        history = read_metrics(self.path, until=found.step if found else 0) if self.command.resume else ()
         console = self._closing.enter_context(Console(config, history=history))
         self.alarm = GapAlarm(config, history)
         for line in explain(config):
             console.say(line)
-        found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
         checkpoint = found.path if found else None
         self.materials = load_materials(config, self.world, console)
         if self.devices.placement.gpus:
