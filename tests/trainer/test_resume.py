@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from core.anneal import explorer_quota
 from core.configfile import parse_command, write_resolved
-from rollout.store import read_rollouts
+from rollout.store import read_rollouts, stored_steps, write_rollouts
 from trainer.alarm import COUNT
 from trainer.session import Session
 
@@ -156,11 +156,15 @@ def test_what_only_rounds_otherwise_may_change_when_a_run_goes_on(
 def test_steps_after_the_checkpoint_do_not_count_twice(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at step 3, before its first checkpoint: those steps happen again, and so do the alarms of them."""
+    """Killed at step 3, before its first checkpoint: those steps happen again, or, with a smaller algorithm.steps,
+    never; alarms of them are raised again, and rows of them are not the run's."""
     monkeypatch.setenv("PYTHONPATH", str(run_parts.HERE))
     words = arguments(root, tmp_path, data__eval="")
     write_resolved(parse_command(words).config, tmp_path / "config.resolved.json")
     lines = [{"step": step, COUNT: step, "num_tokens": step} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (1, 2, 3):
+        write_rollouts(tmp_path, step, [])
     with Session(parse_command([*words, "--resume"])) as session:
         assert (session.learner.step, session.alarm.count) == (0, 0)
+        assert stored_steps(tmp_path) == []
