@@ -111,9 +111,9 @@ class Session:
         timeout_s, line_size = config.stream.starvation_s + 300, config.learner.sequence_parallel
         self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
-        config = self.config = recorded_part(config, self.command.replay)
         generates = self.command.replay is None
         check_start(config, Place(self.world.rank, self.world.size, self.world.device, generates=generates))
+        config = self.config = recorded_part(config, self.command.replay)
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
