@@ -3,6 +3,9 @@
     tmp-step_N-…/   files written, fsynced and hashed → manifest.json → directories fsynced
     step_N/         the same directory, renamed; its parent fsynced; older ones pruned
 
+A resumed run begins after the newest step_N that verifies. Later ones are of a course that was given up: damaged, and
+once the run has a newer checkpoint of its own, set aside as abandoned-step_N-…, for people to look at.
+
 A reader only ever sees step_N. A bit that flips in a safetensors file loads without an error, so every file is
 hashed. The manifest's own hash is over the rest of it.
 """
@@ -37,8 +40,11 @@ class Found(NamedTuple):
     path: Path
 
 
-def write_checkpoint(root: Path, step: int, parts: Mapping[str, Part], *, keep: int) -> Path:
+def write_checkpoint(root: Path, step: int, parts: Mapping[str, Part], *, keep: int, previous: int) -> Path:
     """Write checkpoint `root/step_N`, then remove all but the `keep` newest; returns its path.
+
+    `previous`: the step of this run's checkpoint before, which it continued from or wrote; 0 where there is none. Any
+    other of a later step is set aside and counts for nothing.
 
     Each part is called with the temporary directory and writes its files under it; its name is for messages and crash
     points. Left-over temporary directories of a killed writer are removed first. If anything fails, earlier
@@ -70,6 +76,7 @@ def write_checkpoint(root: Path, step: int, parts: Mapping[str, Part], *, keep: 
     os.rename(temporary, target)
     _fsync(root)
     crash_point("renamed")
+    _set_abandoned_aside(root, step, previous)
     _prune(root, keep)
     crash_point("pruned")
     return target
@@ -177,6 +184,12 @@ def _set_aside(target: Path) -> None:
     if verify(target, step) is None:
         raise ValueError(f"{target} is already there and complete; a run writes a step's checkpoint once")
     target.rename(target.with_name(f"corrupt-{target.name}-{uuid.uuid4().hex[:8]}"))
+
+
+def _set_abandoned_aside(root: Path, written: int, previous: int) -> None:
+    for step, path in _checkpoints(root):
+        if step > previous and step != written:
+            path.rename(path.with_name(f"abandoned-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -63,7 +63,7 @@ class Learner:
 def test_every_rank_makes_the_same_collectives_whatever_the_disk_does(monkeypatch, full_at):
     full = [full_at]
 
-    def write(root, step, parts, *, keep):
+    def write(root, step, parts, *, keep, previous):
         def check(where):
             if full[0] == where:
                 raise OSError(errno.ENOSPC, "disk full")
