@@ -58,7 +58,9 @@ class Saver:
         parts = collectives | {"rollouts": lambda directory: rollouts.save(directory / "trainer")}
         noting = {name: noted(name, part) for name, part in parts.items()}
         try:
-            write_checkpoint(self.root, step, noting, keep=self.keep, previous=self.saved_step)
+            write_checkpoint(
+                self.root, step, noting, keep=self.keep, previous=self.saved_step, log=recorder.console.warn
+            )
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

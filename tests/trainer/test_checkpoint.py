@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trainer.checkpoint import MANIFEST, newest_checkpoint, remove_stale, verify, write_checkpoint
+from trainer.checkpoint import newest_checkpoint, remove_stale, write_checkpoint
+from trainer.manifest import MANIFEST, verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -174,13 +175,15 @@ def test_a_corrupt_checkpoint_of_the_same_step_is_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, ["step_5"]), (2, ["step_3", "step_5"])])
-def test_damaged_ones_that_a_resumed_run_left_behind_are_none_of_the_kept(tmp_path, keep, kept):
+def test_damaged_ones_that_a_resumed_run_left_behind_are_none_of_the_kept(tmp_path, capsys, keep, kept):
     """Continued from step 3, since steps 4 and 6 are damaged; its next checkpoint is of step 5."""
     for step in (1, 3, 4, 6):
         write(tmp_path, step, keep=9)
     for step in (4, 6):
         (tmp_path / f"step_{step}" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
     write(tmp_path, 5, keep=keep, previous=newest_checkpoint(tmp_path, log=[].append).step)
+    assert capsys.readouterr().err.count("is not of this run's course any more: kept as") == 2
     lines = []
     assert newest_checkpoint(tmp_path, log=lines.append) == (5, tmp_path / "step_5")
     assert lines == []
