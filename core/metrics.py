@@ -32,7 +32,7 @@ class RunLog:
         self.path = run_dir / FILE_NAME
         self.evaluated_steps: set[int] = set()
         if resume_step is not None:
-            kept = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
+            kept = read_metrics(run_dir, until=resume_step)
             _replace(self.path, kept)
             self.evaluated_steps = {line["step"] for line in kept if is_evaluation(line)}
         self._file = self.path.open("x" if resume_step is None else "a", encoding="utf-8")
@@ -67,8 +67,8 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith(EVALUATION) for name in line)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every complete line of a run, in order; empty where there is no file.
+def read_metrics(run_dir: Path, until: int | None = None) -> list[dict[str, Any]]:
+    """Every complete line of a run, in order; empty where there is no file. `until`: of steps up to this one.
 
     A last line without its newline was cut by a kill and is left out. Raises ValueError for any other broken line.
     """
@@ -86,7 +86,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             ) from error
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise ValueError(f"{path} line {number} has no integer step: delete the line or restore the file")
-        lines.append(line)
+        if until is None or line["step"] <= until:
+            lines.append(line)
     return lines
 
 

@@ -97,14 +97,15 @@ class Courier:
         newest = self._newest
         return newest if newest is not None and newest.version > self._inbox.loaded else None
 
-    def newer_than(self, version: int) -> Weights:
-        """Wait for weights newer than these: the trainer is writing them."""
+    def newer_than(self, version: int) -> Weights | None:
+        """Weights newer than these, which cannot be loaded; None where none come within three times liveness_s."""
         with self._changed:
+            assert self._welcome is not None
             doing, self._doing = self._doing, f"waiting for weights newer than {version}"
-            self._wait(lambda: self._newest is not None and self._newest.version > version)
+            patience_s = _SILENCES * self._welcome.liveness_s
+            came = self._wait(lambda: self._newest is not None and self._newest.version > version, patience_s)
             self._doing = doing
-            assert self._newest is not None
-            return self._newest
+            return self._newest if came else None
 
     def loaded(self, version: int, started_s: float) -> None:
         """These weights are in the engine, which began to load them at `started_s` (time.monotonic())."""
@@ -141,10 +142,11 @@ class Courier:
             self._thread.join()
         self._link.close(linger_s=0.2)
 
-    def _wait(self, true: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: true() or self._ended is not None)
+    def _wait(self, true: Callable[[], bool], patience_s: float | None = None) -> bool:
+        came = self._changed.wait_for(lambda: true() or self._ended is not None, patience_s)
         if self._ended is not None:
             raise self._ended
+        return came
 
     def _run(self) -> None:
         try:

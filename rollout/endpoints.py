@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import os
 import socket
@@ -12,19 +13,37 @@ from pathlib import Path
 # sockaddr_un.sun_path holds 108 bytes on Linux, the last one a NUL.
 MAX_IPC_PATH_BYTES = 107
 ENDPOINT_FILE = "endpoint"
-_PREFIX = "s2lpo-"
+_PREFIX, _SOCKET = "s2lpo-", "hub"
 _STALE_S = 60.0
 
 
-def private_ipc() -> tuple[str, Path]:
-    """A new ipc endpoint in a directory that only this user may enter (0700); the caller removes the directory."""
-    for parent in (None, "/tmp"):  # a long TMPDIR does not leave room for a socket's name
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        _sweep(directory)
-        if len(bytes(directory / "hub")) <= MAX_IPC_PATH_BYTES:
-            return f"ipc://{directory / 'hub'}", directory
-        directory.rmdir()
-    raise ValueError("no temporary directory with a path short enough for a socket: set TMPDIR to a short one")
+class PrivateIpc:
+    """A new ipc endpoint in a directory that only this user may enter (0700).
+
+    The directory is locked until `close`; the kernel lets go of the lock when this process ends, however it does. So
+    others know without a connection, which the hub would report as a stranger's, that it is in use.
+
+    Example: ipc = PrivateIpc(); hub = Hub(ipc.endpoint, ...); hub.close(); ipc.close()
+    """
+
+    def __init__(self) -> None:
+        for parent in (None, "/tmp"):  # a long TMPDIR does not leave room for a socket's name
+            self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            _sweep(self.directory)
+            if len(bytes(self.directory / _SOCKET)) <= MAX_IPC_PATH_BYTES:
+                self.endpoint = f"ipc://{self.directory / _SOCKET}"
+                self._lock = os.open(self.directory, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # where a file system knows no locks, others have to connect
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            self.directory.rmdir()
+        raise ValueError("no temporary directory with a path short enough for a socket: set TMPDIR to a short one")
+
+    def close(self) -> None:
+        """Remove the directory; nobody may listen there any more."""
+        (self.directory / _SOCKET).unlink(missing_ok=True)
+        self.directory.rmdir()
+        os.close(self._lock)
 
 
 def resolve(target: str) -> str:
@@ -94,12 +113,25 @@ def _listens(path: Path) -> bool:
 def _sweep(fresh: Path) -> None:
     """Remove, beside a fresh directory, those that killed trainers of this user left: nobody listens there any more."""
     for directory in fresh.parent.glob(f"{_PREFIX}*"):
-        hub = directory / "hub"
+        hub = directory / _SOCKET
         with contextlib.suppress(FileNotFoundError):  # another trainer sweeps too
             old = fresh.stat().st_mtime - directory.stat().st_mtime > _STALE_S
-            if old and directory.stat().st_uid == os.getuid() and hub.is_socket() and not _listens(hub):
+            mine = directory.stat().st_uid == os.getuid()
+            # A trainer of an earlier version listens without a lock.
+            if old and mine and hub.is_socket() and not _is_locked(directory) and not _listens(hub):
                 hub.unlink()
                 directory.rmdir()
+
+
+def _is_locked(directory: Path) -> bool:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _check_ipc(endpoint: str, path: str) -> None:

@@ -16,10 +16,16 @@ from rollout.fingerprint import file_digest
 from rollout.messages import Lease, Weights
 from rollout.shared_weights import Overwritten
 
+_TRIES = 5  # versions in a row that a worker may come too late for
 _ELSEWHERE = (
     "; it lies in the memory of the trainer's process: that has ended, or this worker is not of its user, on its "
     "machine and in its container. Start the worker there, or the run with rollout.weights=files"
 )
+
+
+class NotAsPublishedError(RuntimeError):
+    """A published file is not there or has other bytes: it is damaged, or the trainer has deleted it since, as it does
+    with the version before the last. The engine may hold parts of it."""
 
 
 class Generator:
@@ -33,8 +39,8 @@ class Generator:
         self.version = 0
 
     def load(self, weights: Weights) -> None:
-        """Replace the engine's weights. RuntimeError where what is read is not what was published: Overwritten
-        (rollout.shared_weights) where it is a later version by now, which has to be loaded before anything else."""
+        """Replace the engine's weights. RuntimeError where what is read is not what was published: NotAsPublishedError,
+        or Overwritten (rollout.shared_weights). A later version has to be loaded then before anything else."""
         if weights.shared:
             self.engine.load_shared(Path(weights.file), version=weights.version, digest=weights.digest)
         else:
@@ -43,13 +49,20 @@ class Generator:
         self.version = weights.version
 
     def update(self, weights: Weights, courier: Courier) -> None:
-        """Load these weights, or the next ones where the trainer has begun to write over them, and say so."""
-        while True:
+        """Load these weights, or later ones where the trainer keeps these no longer, and say so.
+
+        RuntimeError where no later ones come, or too many fail as well: this worker is not late then, but cannot read
+        them, or they are damaged.
+        """
+        for tries_left in reversed(range(_TRIES)):
             started_s = time.monotonic()
             try:
                 self.load(weights)
-            except Overwritten:
-                weights = courier.newer_than(weights.version)
+            except (Overwritten, NotAsPublishedError):
+                newer = courier.newer_than(weights.version) if tries_left else None
+                if newer is None:
+                    raise
+                weights = newer
             else:
                 return courier.loaded(self.version, started_s)
 
@@ -94,7 +107,8 @@ class Generator:
 
 @contextmanager
 def _published(weights: Weights) -> Iterator[Path]:
-    """A path of the published file that stays its own until the context ends. RuntimeError where there is none.
+    """A path of the published file, which holds what was published. NotAsPublishedError where there is none, or where
+    it is deleted before the context ends.
 
     For weights in the trainer's memory that takes a descriptor of this process: the trainer gives the number of its
     own to a later version, and what is hashed must be what is loaded.
@@ -111,11 +125,18 @@ def _published(weights: Weights) -> Iterator[Path]:
                 file = Path(f"/proc/{os.getpid()}/fd/{stream.fileno()}")
             found = file_digest(file)
         except OSError as error:
-            raise RuntimeError(
+            raise NotAsPublishedError(
                 f"weights {weights.version}: {weights.file} cannot be read ({error.strerror}){elsewhere}"
             ) from error
         if found != weights.digest:
-            raise RuntimeError(
+            raise NotAsPublishedError(
                 f"weights {weights.version}: {weights.file} has digest {found}, not {weights.digest}{elsewhere}"
             )
-        yield file
+        try:
+            yield file
+        except Exception as error:
+            if file.exists():
+                raise
+            raise NotAsPublishedError(
+                f"weights {weights.version}: {weights.file} was deleted while it was loaded ({error})"
+            ) from error

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from core.config import Config
 from core.schema import Completion, Source
 from rollout.children import Children, Exit
-from rollout.endpoints import ENDPOINT_FILE, private_ipc
+from rollout.endpoints import ENDPOINT_FILE, PrivateIpc
 from rollout.errands import Errands
 from rollout.frame import session_of
 from rollout.handover import HandOver
@@ -70,10 +70,8 @@ class WorkerPool:
         self.config, self._run_dir, self._may_grant = config, Path(config.run.dir), may_grant
         self._on_event = on_event
         stream = config.stream
-        self._temporary: Path | None = None
-        address = stream.endpoint
-        if address == "auto":
-            address, self._temporary = private_ipc()
+        self._private = PrivateIpc() if stream.endpoint == "auto" else None
+        address = stream.endpoint if self._private is None else self._private.endpoint
         self._hub = Hub(
             address, session=session_of(run_id, incarnation), max_frame_bytes=stream.max_frame_mb << 20,
             heartbeat_s=stream.heartbeat_s, liveness_s=stream.liveness_s,
@@ -163,9 +161,8 @@ class WorkerPool:
             self._thread.join()
             self._hub.close()
             (self._run_dir / ENDPOINT_FILE).unlink(missing_ok=True)
-            if self._temporary is not None:
-                (self._temporary / "hub").unlink(missing_ok=True)
-                self._temporary.rmdir()
+            if self._private is not None:
+                self._private.close()
 
     def __enter__(self) -> Self:
         return self

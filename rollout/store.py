@@ -69,6 +69,13 @@ def stored_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step_")) for path in (run_dir / FOLDER).glob("step_*.parquet"))
 
 
+def cut_rollouts(run_dir: Path, last: int) -> None:
+    """Delete the files of steps after `last`: a resumed run makes those steps again, or ends before them."""
+    for step in stored_steps(run_dir):
+        if step > last:
+            rollout_file(run_dir, step).unlink()
+
+
 def rollout_file(run_dir: Path, step: int) -> Path:
     """Where the rows of `step` stand."""
     return run_dir / FOLDER / f"step_{step:06d}.parquet"

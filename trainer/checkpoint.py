@@ -3,13 +3,13 @@
     tmp-step_N-…/   files written, fsynced and hashed → manifest.json → directories fsynced
     step_N/         the same directory, renamed; its parent fsynced; older ones pruned
 
-A reader only ever sees step_N. A bit that flips in a safetensors file loads without an error, so every file is
-hashed. The manifest's own hash is over the rest of it.
+A resumed run begins after the newest step_N that verifies. Later ones are of a course that was given up: damaged, and
+once the run has a newer checkpoint of its own, set aside as abandoned-step_N-…, for people to look at.
+
+A reader only ever sees step_N.
 """
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -18,13 +18,14 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+from trainer.manifest import MANIFEST, files_in, manifest_of, verify
+
 CRASH_AT = "S2LPO_CRASH_AT"
 
 Part = Callable[[Path], None]
+Log = Callable[[str], None]  # takes a line; None: to stderr
 
 
 class Found(NamedTuple):
@@ -37,13 +38,19 @@ class Found(NamedTuple):
     path: Path
 
 
-def write_checkpoint(root: Path, step: int, parts: Mapping[str, Part], *, keep: int) -> Path:
+def write_checkpoint(
+    root: Path, step: int, parts: Mapping[str, Part], *, keep: int, previous: int, log: Log | None = None
+) -> Path:
     """Write checkpoint `root/step_N`, then remove all but the `keep` newest; returns its path.
+
+    `previous`: the step of this run's checkpoint before, which it continued from or wrote; 0 where there is none. Any
+    other of a later step is set aside and counts for nothing.
 
     Each part is called with the temporary directory and writes its files under it; its name is for messages and crash
     points. Left-over temporary directories of a killed writer are removed first. If anything fails, earlier
-    checkpoints stay as they were; OSError for a full disk says how much space is left. ValueError if step_N is there
-    and verifies; one that does not is kept beside it as `corrupt-step_N-…`.
+    checkpoints stay as they were; OSError for a full disk says how much space is left. Once step_N has its name it is
+    written: a disk that is full then is a line of `log`, and earlier ones stay until the next is written. ValueError
+    if step_N is there and verifies; one that does not is kept beside it as `corrupt-step_N-…`.
 
     Crash points (environment variable S2LPO_CRASH_AT, for tests): start, part:NAME, written, manifest, renamed, pruned.
     """
@@ -68,20 +75,18 @@ def write_checkpoint(root: Path, step: int, parts: Mapping[str, Part], *, keep: 
             ) from error
         raise
     os.rename(temporary, target)
-    _fsync(root)
-    crash_point("renamed")
-    _prune(root, keep)
+    _settle(root, step, previous, keep, log or _to_stderr)
     crash_point("pruned")
     return target
 
 
-def newest_checkpoint(root: Path, *, log: Callable[[str], None] | None = None) -> Found | None:
+def newest_checkpoint(root: Path, *, log: Log | None = None) -> Found | None:
     """The newest checkpoint that verifies, or None where there never was one; changes nothing on disk.
 
     Each one that does not verify is skipped with a line that names the file and what is wrong with it. ValueError if
     there are checkpoints and none verifies, and for directories that others may write to.
     """
-    say = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = log or _to_stderr
     candidates = _checkpoints(root)
     if not candidates:
         return None
@@ -98,34 +103,6 @@ def newest_checkpoint(root: Path, *, log: Callable[[str], None] | None = None) -
         f"none of the {len(candidates)} checkpoints in {root} verifies ({'; '.join(problems)}); "
         "restore one from a copy, or start anew with --clean"
     )
-
-
-def verify(path: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint directory: the file and the reason; None if nothing is."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except ValueError as error:
-        return f"{MANIFEST} is not JSON ({error})"
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        return f"{MANIFEST} is not of format {MANIFEST_FORMAT}"
-    if manifest.get("sha256") != _manifest_digest(manifest):
-        return f"{MANIFEST} does not have the SHA-256 it records for itself"
-    if manifest["step"] != step:
-        return f"{MANIFEST} is of step {manifest['step']}"
-    present = {str(file.relative_to(path)) for file in _files(path)} - {MANIFEST}
-    for name in sorted(present - manifest["files"].keys()):
-        return f"{name} is not in the manifest"
-    for name, expected in manifest["files"].items():
-        if name not in present:
-            return f"{name} is missing"
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes, {expected['bytes']} were written"
-        if _sha256(path / name) != expected["sha256"]:
-            return f"{name} does not have the SHA-256 that was written"
-    return None
 
 
 def require_private(directory: Path) -> None:
@@ -158,14 +135,11 @@ def _write(temporary: Path, step: int, parts: Mapping[str, Part]) -> None:
     for name, part in parts.items():
         part(temporary)
         crash_point(f"part:{name}")
-    files = {}
-    for file in _files(temporary):
+    for file in files_in(temporary):
         _fsync(file)
-        files[str(file.relative_to(temporary))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = manifest_of(temporary, step)
     crash_point("written")
-    manifest: dict[str, Any] = {"format": MANIFEST_FORMAT, "step": step, "files": files}
-    manifest["sha256"] = _manifest_digest(manifest)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (temporary / MANIFEST).write_text(manifest)
     _fsync(temporary / MANIFEST)
     for directory in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         _fsync(directory)
@@ -177,6 +151,31 @@ def _set_aside(target: Path) -> None:
     if verify(target, step) is None:
         raise ValueError(f"{target} is already there and complete; a run writes a step's checkpoint once")
     target.rename(target.with_name(f"corrupt-{target.name}-{uuid.uuid4().hex[:8]}"))
+
+
+def _settle(root: Path, written: int, previous: int, keep: int, log: Log) -> None:
+    """What comes after the new checkpoint has its name. It is one by then, so that a full disk is no error."""
+    try:
+        _fsync(root)
+        crash_point("renamed")
+        _set_abandoned_aside(root, written, previous, log)
+        _prune(root, keep)
+    except OSError as error:  # some file systems need room to delete
+        if not _is_disk_full(error):
+            raise
+        log(
+            f"checkpoint step_{written} is written, but the disk at {root} is full ({error}): earlier checkpoints stay "
+            "until the next one is written. Free some space"
+        )
+
+
+def _set_abandoned_aside(root: Path, written: int, previous: int, log: Log) -> None:
+    for step, path in _checkpoints(root):
+        if step > previous and step != written:
+            aside = path.rename(path.with_name(f"abandoned-{path.name}-{uuid.uuid4().hex[:8]}"))
+            log(
+                f"checkpoint {path.name} is not of this run's course any more: kept as {aside}, delete it if not needed"
+            )
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -194,18 +193,8 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(number), path) for number, path in found if number.isdecimal()), reverse=True)
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _fsync(path: Path) -> None:

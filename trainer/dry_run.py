@@ -18,12 +18,13 @@ def dry_run(command: Command) -> list[str]:
     """Check what a run would, read its models' files and its data, and say what was found; nothing is made, started or
     written. Other ranks than the first say nothing."""
     try:
-        config = recorded_part(command.config, command.replay)
+        config = command.config
         rank, size, device = find_rank(config.run.device, line_size=config.learner.sequence_parallel)
         if rank:
             return []
         devices = take_gpus(config)
         check_start(config, Place(rank, size, device, generates=command.replay is None, resumes=command.resume))
+        config = recorded_part(config, command.replay)
         changes = check_directory(config, resume=command.resume, clean=command.clean)
         said = [*explain(config), *changes, devices.placement.line()]
         if any(name.startswith(EMBEDDED) for name in (config.learner.model, config.explorer.model)):

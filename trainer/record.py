@@ -12,7 +12,7 @@ from core.anneal import Quota
 from core.config import Config
 from core.metrics import RunLog, is_evaluation, read_metrics
 from core.schema import Group, ScoredCompletion
-from rollout.store import write_rollouts
+from rollout.store import cut_rollouts, write_rollouts
 from trainer.console import Console
 from trainer.report import LiveReport
 from trainer.run_directory import write_atomic
@@ -35,6 +35,8 @@ class Recorder:
         self._limit = config.rollout.max_response_tokens  # longer answers, of explorers, are cut to it
         self._trackers = Trackers(path, config, resume_step, console.warn)
         self.log = RunLog(path, resume_step=resume_step)
+        if resume_step is not None:
+            cut_rollouts(path, resume_step)
         self.tracer = Tracer(path, resume=resume_step is not None)
         self._total_tokens = 0
         if resume_step:

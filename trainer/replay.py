@@ -60,7 +60,10 @@ def open_stream(run: Path | None, world: World, rollouts: Rollouts | None, deman
 
 
 def recorded_part(config: Config, run: Path | None) -> Config:
-    """The configuration, with no more steps than `run` recorded. ConfigError where steps are missing before those."""
+    """The configuration, with no more steps than `run` recorded. ConfigError where steps are missing before those.
+
+    Check it first: a run may have ended within its annealing, whose length is then more than the steps there are.
+    """
     if run is None:
         return config
     steps = stored_steps(run)

@@ -56,8 +56,11 @@ class Saver:
             "optimizer": lambda directory: self.learner.save_state(directory and directory / "trainer"),
         }
         parts = collectives | {"rollouts": lambda directory: rollouts.save(directory / "trainer")}
+        noting = {name: noted(name, part) for name, part in parts.items()}
         try:
-            write_checkpoint(self.root, step, {name: noted(name, part) for name, part in parts.items()}, keep=self.keep)
+            write_checkpoint(
+                self.root, step, noting, keep=self.keep, previous=self.saved_step, log=recorder.console.warn
+            )
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

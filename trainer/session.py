@@ -116,19 +116,20 @@ class Session:
         timeout_s, line_size = config.stream.starvation_s + 300, config.learner.sequence_parallel
         self.world = World.join(config.run.device, timeout_s=timeout_s, line_size=line_size)
         self._closing.callback(self.world.leave)
-        config = self.config = recorded_part(config, self.command.replay)
         place = Place(self.world.rank, self.world.size, self.world.device)
         check_start(config, place._replace(generates=self.command.replay is None, resumes=self.command.resume))
+        config = self.config = recorded_part(config, self.command.replay)
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
         self.world.barrier("the run directory")
-        history = read_metrics(self.path) if self.command.resume else ()
+        found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
+        # Later steps happen again: what a killed run wrote of them does not count.
+        history = read_metrics(self.path, until=found.step if found else 0) if self.command.resume else ()
         console = self._closing.enter_context(Console(config, history=history))
         self.alarm = GapAlarm(config, history)
         for line in explain(config):
             console.say(line)
-        found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
         checkpoint = found.path if found else None
         self.materials = load_materials(config, self.world, console)
         if self.devices.placement.gpus:

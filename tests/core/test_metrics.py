@@ -92,6 +92,11 @@ def test_a_broken_line_in_the_middle_is_refused_by_number(tmp_path, text):
         read_metrics(tmp_path)
 
 
+def test_lines_of_later_steps_can_be_left_out(tmp_path):
+    written(tmp_path, last=5)
+    assert read_metrics(tmp_path, until=4) == read_metrics(tmp_path)[:-1]
+
+
 def test_no_file_is_no_lines(tmp_path):
     assert read_metrics(tmp_path) == []
 

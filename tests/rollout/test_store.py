@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.schema import Completion, CompletionKey, Group, Prompt, ScoredCompletion, Source, pack_logprobs, pack_tokens
-from rollout.store import SCHEMA, read_rollouts, rollout_file, stored_steps, write_rollouts
+from rollout.store import SCHEMA, cut_rollouts, read_rollouts, rollout_file, stored_steps, write_rollouts
 
 
 def group(step, slot, explorer=1, learner=2):
@@ -67,6 +67,14 @@ def test_a_step_that_happens_again_replaces_its_file(tmp_path):
     write_rollouts(tmp_path, 1, [group(1, 0), group(1, 1)])
     write_rollouts(tmp_path, 1, [group(1, 5)])
     assert set(read_rollouts(tmp_path, 1)["slot"].to_pylist()) == {5}
+
+
+def test_steps_after_the_last_are_cut(tmp_path):
+    cut_rollouts(tmp_path, 0)
+    for step in (1, 2, 3, 10):
+        write_rollouts(tmp_path, step, [])
+    cut_rollouts(tmp_path, 2)
+    assert stored_steps(tmp_path) == [1, 2]
 
 
 def test_groups_of_another_step_are_refused(tmp_path):

@@ -1,7 +1,11 @@
 """Frames, sockets and addresses: whatever arrives, the trainer's end lives, counts it and serves the next peer."""
 
+import os
 import random
+import signal
+import socket
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -17,7 +21,7 @@ from hypothesis import strategies as st
 
 from bench.faults.parts import eventually, make_completion, make_lease
 from rollout.access import Keys, why_silent
-from rollout.endpoints import MAX_IPC_PATH_BYTES, check_endpoint, private_ipc, reachable, resolve
+from rollout.endpoints import MAX_IPC_PATH_BYTES, PrivateIpc, check_endpoint, reachable, resolve
 from rollout.frame import HEADER_BYTES, FrameError, session_of, trainer_codec, worker_codec
 from rollout.messages import SCHEMA_VERSION, Acknowledge, Deliver, Heartbeat, Leave, Stop
 from rollout.wire import Hub, Link, Received, new_keypair
@@ -69,8 +73,8 @@ def raw_socket() -> Iterator[RawSocket]:
         return sockets[-1]
 
     yield make
-    for socket in sockets:
-        socket.close(linger=0)
+    for made in sockets:
+        made.close(linger=0)
     context.term()
 
 
@@ -450,19 +454,17 @@ def test_the_automatic_endpoint_is_private_and_short(monkeypatch: pytest.MonkeyP
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    endpoint, directory = private_ipc()
+    ipc = PrivateIpc()
     try:
-        assert len(endpoint.removeprefix("ipc://")) <= MAX_IPC_PATH_BYTES
-        assert directory.stat().st_mode & 0o777 == 0o700
+        assert len(ipc.endpoint.removeprefix("ipc://")) <= MAX_IPC_PATH_BYTES
+        assert ipc.directory.stat().st_mode & 0o777 == 0o700
     finally:
-        directory.rmdir()
+        ipc.close()
+    assert not ipc.directory.exists()
     assert list(long.iterdir()) == []
 
 
 def test_what_killed_trainers_left_is_swept_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import os
-    import socket
-
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     directories = {name: tmp_path / f"s2lpo-{name}" for name in ("dead", "alive", "young", "empty")}
     sockets = {}
@@ -476,9 +478,44 @@ def test_what_killed_trainers_left_is_swept_and_nothing_else(monkeypatch: pytest
     sockets["alive"].listen()
     for name in ("dead", "young"):
         sockets[name].close()
-    _, fresh = private_ipc()
-    assert {path for path in tmp_path.iterdir()} == {*directories.values(), fresh} - {directories["dead"]}
+    fresh = PrivateIpc()
+    assert {path for path in tmp_path.iterdir()} == {*directories.values(), fresh.directory} - {directories["dead"]}
     sockets["alive"].close()
+    fresh.close()
+
+
+def test_a_living_hub_is_left_in_peace_and_a_killed_one_s_directory_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody connects to find out that it lives: the hub would count and report a stranger."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    living = PrivateIpc()
+    hub = Hub(living.endpoint, session=7, max_frame_bytes=LIMIT, heartbeat_s=0.1, liveness_s=10.0)
+    script = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\n" + KILLED
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = Path(killed.stdout.strip())
+    assert (left / "hub").is_socket()
+    for directory in (living.directory, left):
+        os.utime(directory, (1000, 1000))
+    fresh = PrivateIpc()
+    assert set(tmp_path.iterdir()) == {living.directory, fresh.directory}
+    hub.poll(0.2)
+    assert not hub.counts
+    fresh.close()
+    hub.close()
+    living.close()
+    assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, socket
+from rollout.endpoints import PrivateIpc
+ipc = PrivateIpc()
+socket.socket(socket.AF_UNIX).bind(ipc.endpoint.removeprefix("ipc://"))
+print(ipc.directory, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_connect_takes_an_endpoint_or_a_run_directory(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trainer.checkpoint import MANIFEST, newest_checkpoint, remove_stale, verify, write_checkpoint
+from trainer.checkpoint import newest_checkpoint, remove_stale, write_checkpoint
+from trainer.manifest import MANIFEST, verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,12 +27,14 @@ parts = {
     "model": lambda d: (d / "model.safetensors").write_bytes(b"weights of step 3" * 1000),
     "state": lambda d: ((d / "trainer").mkdir(), (d / "trainer" / "state.json").write_text("{}")),
 }
-write_checkpoint(Path(sys.argv[1]), 3, parts, keep=2)
+write_checkpoint(Path(sys.argv[1]), 3, parts, keep=2, previous=2)
 """
 
 
-def write(root, step, *, keep=2):
-    """A checkpoint with one file of each class."""
+def write(root, step, *, keep=2, previous=None):
+    """A checkpoint with one file of each class, by default after all those that are there."""
+    if previous is None:
+        previous = max([int(path.name.removeprefix("step_")) for path in root.glob("step_*")], default=0)
 
     def model(directory):
         save_file({"weight": torch.full((64, 64), float(step))}, directory / "model.safetensors")
@@ -43,7 +46,7 @@ def write(root, step, *, keep=2):
         (directory / "trainer" / "state.json").write_text(json.dumps({"step": step}))
         (directory / "trainer" / "buffer.msgpack").write_bytes(b"\x90")
 
-    return write_checkpoint(root, step, {"model": model, "state": state}, keep=keep)
+    return write_checkpoint(root, step, {"model": model, "state": state}, keep=keep, previous=previous)
 
 
 FILES = (
@@ -171,6 +174,23 @@ def test_a_corrupt_checkpoint_of_the_same_step_is_set_aside(tmp_path):
     assert [name.split("-")[0] for name in steps(tmp_path)] == ["corrupt", "step_1", "step_2"]
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(1, ["step_5"]), (2, ["step_3", "step_5"])])
+def test_damaged_ones_that_a_resumed_run_left_behind_are_none_of_the_kept(tmp_path, capsys, keep, kept):
+    """Continued from step 3, since steps 4 and 6 are damaged; its next checkpoint is of step 5."""
+    for step in (1, 3, 4, 6):
+        write(tmp_path, step, keep=9)
+    for step in (4, 6):
+        (tmp_path / f"step_{step}" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    write(tmp_path, 5, keep=keep, previous=newest_checkpoint(tmp_path, log=[].append).step)
+    assert capsys.readouterr().err.count("is not of this run's course any more: kept as") == 2
+    lines = []
+    assert newest_checkpoint(tmp_path, log=lines.append) == (5, tmp_path / "step_5")
+    assert lines == []
+    aside = ["abandoned-step_4", "abandoned-step_6"]
+    assert [name.rpartition("-")[0] or name for name in steps(tmp_path)] == aside + kept
+
+
 @pytest.mark.parametrize("label", CRASH_POINTS)
 def test_a_crash_at_any_point_leaves_a_verified_checkpoint(tmp_path, label):
     root = tmp_path / "checkpoints"
@@ -209,7 +229,7 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, error):
         raise error
 
     with pytest.raises(OSError, match=r"disk full while writing checkpoint step_2: \d+ MB free") as caught:
-        write_checkpoint(tmp_path, 2, {"model": fill}, keep=1)
+        write_checkpoint(tmp_path, 2, {"model": fill}, keep=1, previous=1)
     assert caught.value.errno == errno.ENOSPC
     assert steps(tmp_path) == ["step_1"]
     assert newest_checkpoint(tmp_path).step == 1
@@ -220,7 +240,7 @@ def test_another_error_of_a_part_passes_through(tmp_path):
         raise RuntimeError("broken part")
 
     with pytest.raises(RuntimeError, match="broken part"):
-        write_checkpoint(tmp_path, 1, {"model": fail}, keep=1)
+        write_checkpoint(tmp_path, 1, {"model": fail}, keep=1, previous=0)
     assert steps(tmp_path) == []
 
 

@@ -226,7 +226,7 @@ def test_no_checkpoint_that_verifies(fails: Fail, root: Path, tmp_path: Path) ->
     (tmp_path / "run").mkdir()
     write_resolved(parse_command(words).config, tmp_path / "run" / "config.resolved.json")
     part = {"model": lambda directory: (directory / "config.json").write_text("{}")}
-    path = write_checkpoint(tmp_path / "run" / "checkpoints", 2, part, keep=2)
+    path = write_checkpoint(tmp_path / "run" / "checkpoints", 2, part, keep=2, previous=0)
     (path / "config.json").write_text("{ }")
     message = fails([*words, "--resume"])
     assert "none of the 1 checkpoints" in message

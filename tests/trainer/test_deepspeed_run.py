@@ -6,7 +6,7 @@ from run_parts import TORCHRUN, arguments
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trainer.checkpoint import verify
+from trainer.manifest import verify
 
 
 @pytest.mark.slow

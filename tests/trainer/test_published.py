@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -128,6 +129,83 @@ def test_a_write_that_fails_leaves_nothing_behind(memory: PublishedWeights) -> N
     with pytest.raises(OSError, match="no space left"):
         memory.write(1, fail)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+class Late:
+    """An engine that keeps what it reads, and the courier of its worker; `newest` is what the trainer has said."""
+
+    def __init__(self) -> None:
+        self.newest: Weights | None = None
+        self.before_read = lambda: None
+        self.read, self.asked, self.loaded_versions = [], [], []
+
+    def load_weights(self, file: Path, *, version: int) -> None:
+        self.before_read()
+        self.read.append(file.read_bytes())
+
+    def newer_than(self, version: int) -> Weights | None:
+        self.asked.append(version)
+        return self.newest
+
+    def loaded(self, version: int) -> None:
+        self.loaded_versions.append(version)
+
+
+@pytest.fixture(params=[pytest.param("memory", marks=in_memory), "files"])
+def publish(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[int], Weights]]:
+    published_weights = PublishedWeights(tmp_path / "weights", in_memory=request.param == "memory")
+
+    def write_version(version: int) -> Weights:
+        file, digest = published_weights.write(version, lambda stream: stream.write(f"version {version}".encode()))
+        return Weights(version=version, file=str(file), digest=digest)
+
+    yield write_version
+    published_weights.close()
+
+
+def test_a_worker_two_versions_late_takes_the_newest(publish: Callable[[int], Weights]) -> None:
+    first, _, third = (publish(version) for version in (1, 2, 3))
+    late = Late()
+    late.newest = third
+    generator = Generator(late, in_flight=False)
+    generator.update(first, late)
+    assert (late.asked, late.read, late.loaded_versions, generator.version) == ([1], [b"version 3"], [3], 3)
+
+
+def test_so_does_one_whose_version_is_deleted_while_it_loads(publish: Callable[[int], Weights]) -> None:
+    first, late = publish(1), Late()
+
+    def two_more() -> None:
+        late.before_read = lambda: None
+        publish(2)
+        late.newest = publish(3)
+
+    late.before_read = two_more
+    Generator(late, in_flight=False).update(first, late)
+    if "/proc/" in first.file:  # it holds what it opened, and takes the newest next time
+        assert (late.read, late.loaded_versions) == ([b"version 1"], [1])
+    else:
+        assert (late.asked, late.read, late.loaded_versions) == ([1], [b"version 3"], [3])
+
+
+def test_without_a_later_version_the_first_error_ends_the_worker(publish: Callable[[int], Weights]) -> None:
+    first, _, _ = (publish(version) for version in (1, 2, 3))
+    late = Late()
+    with pytest.raises(RuntimeError, match=r"^weights 1: .* (has digest|cannot be read)"):
+        Generator(late, in_flight=False).update(first, late)
+    assert (late.asked, late.loaded_versions) == ([1], [])
+
+
+def test_a_worker_that_can_read_no_version_does_not_try_for_ever(tmp_path: Path) -> None:
+    class NextIsPublished(Late):
+        def newer_than(self, version: int) -> Weights:
+            self.asked.append(version)
+            return Weights(version=version + 1, file=str(tmp_path / "elsewhere"), digest="0" * 64)
+
+    late = NextIsPublished()
+    with pytest.raises(RuntimeError, match=r"^weights 5: .* cannot be read"):
+        Generator(late, in_flight=False).update(late.newer_than(0), late)
+    assert late.asked == [0, 1, 2, 3, 4]
 
 
 TRAINER = """

@@ -10,6 +10,7 @@ from run_parts import arguments, train_here
 from core.configfile import parse_command
 from core.configkeys import ConfigError
 from rollout.store import read_rollouts, rollout_file
+from trainer.dry_run import dry_run
 from trainer.replay import read_groups
 from trainer.session import Session
 
@@ -107,6 +108,21 @@ def test_other_prompts_and_gaps_are_refused(asynchronous: Path, tmp_path: Path) 
     command = parse_command(["--replay", str(gap), f"run.dir={tmp_path / 'b'}"])
     with pytest.raises(ConfigError, match=r"without a gap, but \[1, 3\]"), Session(command):
         pytest.fail("a gap was not noticed")
+
+
+def test_a_run_that_ended_within_its_annealing_can_be_replayed(asynchronous: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    (part / "rollouts").mkdir(parents=True)
+    (part / "config.resolved.json").write_bytes((asynchronous / "config.resolved.json").read_bytes())
+    for step in (1, 2):
+        rollout_file(part, step).write_bytes(rollout_file(asynchronous, step).read_bytes())
+    command = parse_command(["--replay", str(part)])
+    dry_run(command)
+    with Session(command) as session:
+        algorithm = session.config.algorithm
+        assert (algorithm.steps, algorithm.anneal_steps) == (2, 3)
+        sources = [[row.completion.key.source for row in group.rows] for group in next(session.stream.parts(2))]
+    assert sources == [["explorer"] * 2 + ["learner"] * 2] * 8
 
 
 def test_groups_read_back_as_they_were_written(asynchronous: Path) -> None:

@@ -16,8 +16,11 @@ from run_parts import arguments, eventually, finish, kill, reference_run, start,
 from safetensors.torch import load_file
 
 from core.anneal import explorer_quota
+from core.configfile import parse_command, write_resolved
 from core.configkeys import ConfigError
-from rollout.store import read_rollouts
+from rollout.store import read_rollouts, stored_steps, write_rollouts
+from trainer.alarm import COUNT
+from trainer.session import Session
 
 # What a clock or the machine decides, and faults, which an interrupted run has more of.
 VARIABLE = ("time/", "step_time", "tokens_per_second", "clock", "buffer/", "fault/", "weights/", "run/start")
@@ -166,3 +169,20 @@ def test_what_only_rounds_otherwise_may_change_when_a_run_goes_on(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_steps_after_the_checkpoint_do_not_count_twice(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 3, before its first checkpoint: those steps happen again, or, with a smaller algorithm.steps,
+    never; alarms of them are raised again, and rows of them are not the run's."""
+    monkeypatch.setenv("PYTHONPATH", str(run_parts.HERE))
+    words = arguments(root, tmp_path, data__eval="")
+    write_resolved(parse_command(words).config, tmp_path / "config.resolved.json")
+    lines = [{"step": step, COUNT: step, "num_tokens": step} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (1, 2, 3):
+        write_rollouts(tmp_path, step, [])
+    with Session(parse_command([*words, "--resume"])) as session:
+        assert (session.learner.step, session.alarm.count) == (0, 0)
+        assert stored_steps(tmp_path) == []

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.anneal import explorer_quota
 from rollout.store import read_rollouts
-from trainer.checkpoint import verify
+from trainer.manifest import verify
 from trainer.session import Session
 from trainer.tracer import read_trace
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import saving
+from trainer import checkpoint, saving
 from trainer.saving import Saver
 
 
@@ -63,7 +63,7 @@ class Learner:
 def test_every_rank_makes_the_same_collectives_whatever_the_disk_does(monkeypatch, full_at):
     full = [full_at]
 
-    def write(root, step, parts, *, keep):
+    def write(root, step, parts, *, keep, previous, log):
         def check(where):
             if full[0] == where:
                 raise OSError(errno.ENOSPC, "disk full")
@@ -92,3 +92,28 @@ def test_every_rank_makes_the_same_collectives_whatever_the_disk_does(monkeypatc
         saver.save(4)
     assert main.collectives == other.collectives == ["model", "optimizer"] * (2 if full_at else 1)
     assert [saver.saved_step for saver in savers] == [4, 4]
+
+
+@pytest.mark.parametrize("full_at", ["_fsync", "_prune"])
+def test_a_checkpoint_that_has_its_name_is_one_whatever_the_disk_does_then(tmp_path, monkeypatch, full_at):
+    """Said, not called missing, nor written a second time; the next one clears up."""
+    real = getattr(checkpoint, full_at)
+
+    def fill(path, *rest):
+        if path == tmp_path and (tmp_path / "step_4").exists():
+            raise OSError(errno.EDQUOT, "quota exceeded")
+        real(path, *rest)
+
+    recorder, learner = Recorder(), Learner(World([], is_main=True))
+    saver = Saver(tmp_path, learner, Rollouts(), recorder, keep=1)
+    saver.save(2)
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint, full_at, fill)
+        saver.save(4)
+        saver.save(4)
+    assert (saver.saved_step, saver.failed) == (4, 0)
+    (said,) = recorder.warned
+    assert said.startswith("checkpoint step_4 is written, but the disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4"]
+    saver.save(6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_6"]

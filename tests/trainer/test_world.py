@@ -48,12 +48,10 @@ import time
 import torch
 from trainer.world import World
 
-world = World.join("cpu", timeout_s=1)
+world = World.join("cpu", timeout_s=5)  # which the ranks have to meet, too
 if world.is_main:
-    time.sleep(4)
+    time.sleep(7)
 world.await_main()
-if world.is_main:
-    time.sleep(4)
 print(world.broadcast_bytes(b"late" if world.is_main else None).decode(), world.highest(world.rank))
 world.leave()
 """
