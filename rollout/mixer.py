@@ -155,7 +155,7 @@ class Mixer:
         return True
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
+        """Completions of the learner after `step`, by prompt, without those whose reward failed."""
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._patience.wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)

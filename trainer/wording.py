@@ -70,11 +70,11 @@ def headline_texts(evaluations: Sequence[Mapping[str, Any]], config: Config) -> 
     ]
     if is_graded(scored):
         reward = f"{number_text(first.get('eval/reward'))} → {number_text(last.get('eval/reward'))}"
-        return [f"reward {reward} (mean, {size}); above {CORRECT_ABOVE:g}: {', '.join(gains)}"]
+        return [f"reward {reward} (mean, {size}); above {CORRECT_ABOVE:g}: {', '.join(gains)}{failed_text(last)}"]
     if not gains:
         return []
     head, _, values = gains[0].partition(" ")
-    return [", ".join([f"accuracy {values} ({head}, {size})", *gains[1:]])]
+    return [", ".join([f"accuracy {values} ({head}, {size})", *gains[1:]]) + failed_text(last)]
 
 
 def evaluation_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -96,8 +96,14 @@ def evaluation_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
         gain = f", {change:+.3f} since the start" if graded else f", {100 * change:+.1f} points since the start"
     scores = ", ".join(f"{name} {percent_text(last[key])}" for name, key in names)
     if graded:
-        return f"reward {number_text(last.get(key))}{gain}; above {CORRECT_ABOVE:g}: {scores}"
-    return scores + gain
+        return f"reward {number_text(last.get(key))}{gain}; above {CORRECT_ABOVE:g}: {scores}{failed_text(last)}"
+    return scores + gain + failed_text(last)
+
+
+def failed_text(evaluation: Mapping[str, Any]) -> str:
+    """How many of an evaluation's completions have no reward; empty for none."""
+    share = evaluation.get("eval/failed_ratio")
+    return f"; {percent_text(share)} without a reward (it failed), counted as wrong" if share else ""
 
 
 def is_graded(evaluations: Sequence[Mapping[str, Any]]) -> bool:

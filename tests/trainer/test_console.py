@@ -194,7 +194,7 @@ def test_graded_rewards_are_headed_by_their_mean():
 
 
 def test_an_evaluation_whose_rewards_all_failed_is_said():
-    failed = {"step": 20, "eval/problems": 0.0, "eval/completions": 0.0}
+    failed = {"step": 20, "eval/problems": 2.0, "eval/completions": 16.0, "eval/failed_ratio": 1.0}
     console, taken = plain()
     console.evaluation(failed | {"step": 0})
     console.evaluation(evaluation_line(20, 0.4))
@@ -203,6 +203,17 @@ def test_an_evaluation_whose_rewards_all_failed_is_said():
         "evaluation after step 20: pass@1 40.0 %, pass@8 60.0 %",
     ]
     assert summary([failed], Config(), 1.0) == []
+
+
+def test_rewards_that_failed_in_an_evaluation_are_said_beside_pass_at_k():
+    line = evaluation_line(0, 0.4) | {"eval/failed_ratio": 0.25}
+    console, taken = plain()
+    console.evaluation(line)
+    said = "; 25.0 % without a reward (it failed), counted as wrong"
+    assert taken() == [f"evaluation before training: pass@1 40.0 %, pass@8 60.0 %{said}"]
+    assert summary([line], Config(), 1.0)[0].endswith(said)
+    graded = graded_line(0, 2.5, 0.5) | {"eval/failed_ratio": 0.25}
+    assert summary([graded], Config(), 1.0)[0].endswith(said)
 
 
 def test_the_smallest_k_stands_for_pass_at_one_where_that_is_not_measured():
