@@ -17,6 +17,7 @@ EMBEDDED_DATA = ("embedded:countdown",)
 EMBEDDED_MODELS = ("embedded:learner", "embedded:explorer")
 MEGABYTE = 10**6
 TOKEN_BYTES = 8  # an int32 id and a float32 log-prob
+IMPORTANCE_WEIGHTS = ("token_tis", "icepop", "sequence_tis", "mixture", "topr")  # luffy and geometric_mask are not
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -101,6 +102,12 @@ def _corrections(config: Config) -> Iterator[str]:
             yield (
                 f"correction.{source}.low = {correction.low:g} must be below "
                 f"correction.{source}.high = {correction.high:g}: they are the two ends of a band"
+            )
+        if correction.anchor == "sampler" and correction.weight in IMPORTANCE_WEIGHTS:
+            yield (
+                f'correction.{source}.weight = "{correction.weight}" with correction.{source}.anchor = "sampler" '
+                "corrects twice: the ratio π_θ/μ already holds the π_old/μ that the weight multiplies by: use "
+                f"correction.{source}.anchor=learner, or correction.{source}.weight=none"
             )
 
 

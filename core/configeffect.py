@@ -61,11 +61,10 @@ def _engine(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _bounds(config: Config) -> Iterator[tuple[str, str, str]]:
-    for source, weight in (
-        ("explorer", config.correction.explorer.weight),
-        ("learner", config.correction.learner.weight),
-    ):
+    for source, correction in (("explorer", config.correction.explorer), ("learner", config.correction.learner)):
+        section = f"correction.{source}"
+        anchor = f"{section}.anchor=learner " if correction.anchor == "sampler" else ""  # else it would correct twice
         for bound, readers in READERS.items():
-            if weight not in readers:
-                section = f"correction.{source}"
-                yield f"{section}.{bound}", f'{section}.weight = "{weight}"', f"{section}.weight={readers[0]}"
+            if correction.weight not in readers:
+                remedy = f"{anchor}{section}.weight={readers[0]}"
+                yield f"{section}.{bound}", f'{section}.weight = "{correction.weight}"', remedy

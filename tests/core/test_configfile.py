@@ -3,12 +3,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 
 from core.anneal import quota_at
-from core.config import Config, Learner
+from core.config import Config, Learner, Weight
 from core.configcheck import check_config, check_paths
 from core.configfile import ConfigError, load_config, parse_command, write_resolved
 from core.confighelp import TABLES, explain, help_text
@@ -47,7 +48,7 @@ def test_flags_files_and_overrides_in_any_order():
         ("loss.dual_clip=4", "loss.dual_clip", 4.0),
         ("learner.gradient_checkpointing=true", "learner.gradient_checkpointing", True),
         ("evaluation.k=[1, 4]", "evaluation.k", (1, 4)),
-        ("correction.explorer.weight=token_tis", "correction.explorer.weight", "token_tis"),
+        ("correction.explorer.weight=geometric_mask", "correction.explorer.weight", "geometric_mask"),
         ('correction.explorer.weight="luffy"', "correction.explorer.weight", "luffy"),
         ("data.suffix= /no_think", "data.suffix", " /no_think"),
         ("run.dir=a=b", "run.dir", "a=b"),
@@ -181,7 +182,11 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ("learner.zero_stage=3", 'learner.backend = "torch"', "learner.backend=deepspeed"),
         ("learner.recompute=selective", "learner.gradient_check", "learner.gradient_checkpointing=true"),
         ("learner.lora_alpha=8", "learner.lora_rank = 0", "learner.lora_rank=32"),
-        ("correction.explorer.cap=3", 'correction.explorer.weight = "none"', "correction.explorer.weight=token_tis"),
+        (
+            "correction.explorer.cap=3",
+            'correction.explorer.weight = "none"',
+            "correction.explorer.anchor=learner correction.explorer.weight=token_tis",
+        ),
         ("correction.learner.low=0.6", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("correction.learner.high=4", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("rollout.tensor_parallel=2", "the torch engine", "rollout.engine=vllm"),
@@ -195,8 +200,23 @@ def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, 
     assert f" has no effect with {reason}" in message
     assert f": use {remedy}" in message
     assert message.endswith(f"or leave {key} at {default}")
-    parse_command([idle, remedy])
+    parse_command([idle, *remedy.split()])
     parse_command([f"{key}={default}"])
+
+
+@pytest.mark.parametrize("source", ["explorer", "learner"])
+@pytest.mark.parametrize("weight", get_args(Weight))
+def test_no_row_is_corrected_twice(source, weight):
+    """The sampler's ratio π_θ/μ already holds the π_old/μ of an importance weight."""
+    section = f"correction.{source}"
+    words = [f"{section}.anchor=sampler", f"{section}.weight={weight}"]
+    parse_command([f"{section}.anchor=learner", words[1]])
+    if weight in ("none", "luffy", "geometric_mask"):
+        parse_command(words)
+        return
+    message = error_of(*words)
+    assert f'{section}.weight = "{weight}" with {section}.anchor = "sampler" corrects twice' in message
+    assert message.endswith(f"use {section}.anchor=learner, or {section}.weight=none")
 
 
 def test_cispo_has_no_dual_clip():
