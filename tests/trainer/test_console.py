@@ -149,10 +149,22 @@ def test_flat_rewards_are_a_warning_that_says_why_and_does_not_repeat_each_step(
 def test_faults_are_warned_of_when_they_grow():
     console, taken = plain()
     for step, dropped in ((1, 0), (2, 3), (3, 3), (4, 5)):
-        console.step(step_line(step, **{"fault/dropped": dropped}))
-    warnings = [line for line in taken() if line.startswith("warning")]
-    assert len(warnings) == 2
-    assert "step 2: 3 completions dropped" in warnings[0]
+        parts = {"fault/dropped/reward_raised": dropped - dropped // 2, "fault/dropped/unknown_token": dropped // 2}
+        console.step(step_line(step, **{"fault/dropped": dropped, **parts}))
+    log = "; why rewards failed: logs/reward.log)"
+    assert [line for line in taken() if line.startswith("warning")] == [
+        f"warning: step 2: 3 completions dropped (2 reward_raised, 1 unknown_token{log}",
+        f"warning: step 4: 2 completions dropped (1 reward_raised, 1 unknown_token{log}",
+    ]
+
+
+def test_faults_of_earlier_starts_are_not_warned_of_again():
+    history = [step_line(1, **{"fault/dropped": 3, "fault/skipped_updates": 1}), evaluation_line(1, 0.4)]
+    console, taken = plain(history=history)
+    console.step(step_line(2, **{"fault/dropped": 3, "fault/rejected": None, "fault/skipped_updates": 2}))
+    assert [line for line in taken() if line.startswith("warning")] == [
+        "warning: step 2: 1 optimizer updates skipped for a non-finite gradient"
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_such():
