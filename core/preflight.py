@@ -156,7 +156,8 @@ def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: 
     elif trains and learner.micro_batch_rows > 1:
         options.append("a smaller learner.micro_batch_rows")
     if trains and generates:
-        options.append("GPUs of their own for the engines (placement), or a smaller rollout.memory_share")
+        smaller = "lease_prompts" if config.engine == "torch" else "memory_share"
+        options.append(f"GPUs of their own for the engines (placement), or a smaller rollout.{smaller}")
     elif generates:
         options.append("fewer processes, a smaller rollout.lease_prompts, or rollout.engine=vllm")
     return f"Use {'; '.join(options)}"

@@ -190,6 +190,8 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ("correction.learner.low=0.6", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("correction.learner.high=4", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("rollout.tensor_parallel=2", "the torch engine", "rollout.engine=vllm"),
+        ("rollout.memory_share=0.4", "the torch engine", "rollout.engine=vllm"),
+        ("rollout.update_in_flight=false", "algorithm.lookahead = 0", "algorithm.lookahead=1"),
     ],
 )
 def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, remedy):
@@ -199,9 +201,40 @@ def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, 
     assert f"{key} = " in message
     assert f" has no effect with {reason}" in message
     assert f": use {remedy}" in message
-    assert message.endswith(f"or leave {key} at {default}")
+    text = str(default).lower() if isinstance(default, bool) else default
+    assert message.endswith(f"or leave {key} at {text}")
     parse_command([idle, *remedy.split()])
-    parse_command([f"{key}={default}"])
+    parse_command([f"{key}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("idle", "under", "reason", "instead"),
+    [
+        ("algorithm.schedule=abrupt", "algorithm.mixing=rescue", "whose quota is fixed", "algorithm.mixing=in_group"),
+        ("algorithm.baseline=source", "algorithm.mixing=authors_code", "of one source", "algorithm.mixing=in_group"),
+        ("algorithm.stream_mini_batches=false", "algorithm.mixing=authors_code", "waits", "algorithm.mixing=in_group"),
+        (
+            "algorithm.stream_mini_batches=false",
+            "algorithm.mini_batch_prompts=32",
+            "algorithm.mini_batch_prompts = 32, which is the whole step",
+            "algorithm.mini_batch_prompts=16",
+        ),
+        (
+            "learner.share_prompts=false",
+            "learner.micro_batch_tokens=0",
+            "learner.micro_batch_tokens = 0, which pads",
+            "learner.micro_batch_tokens=8192",
+        ),
+        ("correction.explorer_negatives=drop", "algorithm.anneal_steps=0", "never asks", "algorithm.anneal_steps=10"),
+    ],
+)
+def test_a_value_is_refused_under_a_setting_that_does_not_read_it(idle, under, reason, instead):
+    message = error_of(idle, under)
+    key = idle.partition("=")[0]
+    assert re.fullmatch(f"{key} = .* has no effect with .*{reason}.*: use .*, or leave {key} at .*", message)
+    assert instead.partition("=")[0] in message
+    parse_command([under])
+    parse_command([idle, instead])
 
 
 @pytest.mark.parametrize("source", ["explorer", "learner"])
