@@ -4,7 +4,7 @@ from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
-from core.config import Algorithm
+from core.config import Algorithm, Config
 
 
 class Quota(NamedTuple):
@@ -63,6 +63,11 @@ def quota_at(step: int, algorithm: Algorithm) -> Quota:
             explorer, fractional = ceil(share), share.denominator != 1
     surplus = 1 if algorithm.mixing == "authors_code" and fractional else 0
     return Quota(explorer, size - explorer + surplus)
+
+
+def all_quotas(config: Config) -> list[Quota]:
+    """What each policy owes per prompt at steps 1 … T by the clock; a driver meets the same quotas at other steps."""
+    return [quota_at(step, config.algorithm) for step in range(1, config.algorithm.steps + 1)]
 
 
 def explorer_share(alpha: float, group_size: int) -> Fraction:

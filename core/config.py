@@ -70,7 +70,7 @@ class Loss(Section, frozen=True, kw_only=True):
 
 class SourceCorrection(Section, frozen=True, kw_only=True):
     anchor: Annotated[Anchor, Meta(description="What the PPO ratio divides by: the learner at the start of the step (π_old), or the policy that sampled the row (μ).")]
-    weight: Annotated[Weight, Meta(description="Detached factor on the row's loss that corrects π_old / μ.")]
+    weight: Annotated[Weight, Meta(description="Detached factor on the row's loss that corrects π_old / μ, for anchor = \"learner\" (luffy and geometric_mask, which are no such ratio, for either).")]
     cap: Annotated[float, Meta(description="Upper bound of token_tis, sequence_tis and of mixture at α = 1.", gt=0)] = 2.0
     low: Annotated[float, Meta(description="Lower end of the band of icepop and geometric_mask.", ge=0)] = 0.5
     high: Annotated[float, Meta(description="Upper end of the band of icepop and geometric_mask.", gt=0)] = 5.0

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.anneal import Quota, quota_at
+from core.anneal import all_quotas
 from core.batchcheck import batch_problems, rank_problems
 from core.config import Config, SourceCorrection
 from core.configeffect import effect_problems
 from core.configkeys import ConfigError
+from core.lease_size import lease_rows
 from core.pace import driver_problems
 from core.storefolder import folder_problem
 
@@ -16,6 +17,7 @@ EMBEDDED_DATA = ("embedded:countdown",)
 EMBEDDED_MODELS = ("embedded:learner", "embedded:explorer")
 MEGABYTE = 10**6
 TOKEN_BYTES = 8  # an int32 id and a float32 log-prob
+IMPORTANCE_WEIGHTS = ("token_tis", "icepop", "sequence_tis", "mixture", "topr")  # luffy and geometric_mask are not
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -59,11 +61,6 @@ def _unreachable(config: Config) -> Iterator[str]:
             "no explorer could find this run. Use explorer.processes=1, or name an endpoint for explorers started "
             "by hand, such as stream.endpoint=ipc:///tmp/s2lpo.sock"
         )
-
-
-def all_quotas(config: Config) -> list[Quota]:
-    """What each policy owes per prompt at steps 1 … T by the clock; a driver meets the same quotas at other steps."""
-    return [quota_at(step, config.algorithm) for step in range(1, config.algorithm.steps + 1)]
 
 
 def explorer_tokens(config: Config) -> int:
@@ -118,19 +115,23 @@ def _corrections(config: Config) -> Iterator[str]:
                 f"correction.{source}.low = {correction.low:g} must be below "
                 f"correction.{source}.high = {correction.high:g}: they are the two ends of a band"
             )
+        if correction.anchor == "sampler" and correction.weight in IMPORTANCE_WEIGHTS:
+            yield (
+                f'correction.{source}.weight = "{correction.weight}" with correction.{source}.anchor = "sampler" '
+                "corrects twice: the ratio π_θ/μ already holds the π_old/μ that the weight multiplies by: use "
+                f"correction.{source}.anchor=learner, or correction.{source}.weight=none"
+            )
 
 
 def _stream(config: Config) -> Iterator[str]:
     algorithm, rollout, stream = config.algorithm, config.rollout, config.stream
     group = max(sum(quota) for quota in all_quotas(config))
-    lease = min(rollout.lease_prompts, algorithm.prompts_per_step) * max(max(quota) for quota in all_quotas(config))
-    if config.data.eval:
-        lease = max(lease, rollout.lease_prompts * config.evaluation.samples)
-    if stream.credit < lease:
+    rows = lease_rows(config)
+    if stream.credit < max(rows):
         yield (
-            f"stream.credit = {stream.credit} is less than one lease of {lease} completions (rollout.lease_prompts x "
-            f"completions per prompt), so none could be granted: use stream.credit={lease} or a smaller "
-            "rollout.lease_prompts"
+            f"stream.credit = {stream.credit} is less than one lease of {max(rows)} completions (explorer "
+            f"{rows.explorer}, learner {rows.learner}, evaluation {rows.evaluation}), so it could not be granted: use "
+            f"stream.credit={max(rows)} or a smaller rollout.lease_prompts"
         )
     longest = max(rollout.max_response_tokens, explorer_tokens(config) if explorer_needed(config) else 0)
     step_mb = -(-algorithm.prompts_per_step * group * longest * TOKEN_BYTES // MEGABYTE)

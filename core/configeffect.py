@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import reduce
 
+from core.anneal import all_quotas
 from core.config import Config
 from core.configkeys import all_keys
 
@@ -17,10 +18,12 @@ READERS = {  # bound of a correction → weights that read it
 def effect_problems(config: Config) -> Iterator[str]:
     """A line for each value that has no effect: the value, why, and what gives it one."""
     keys = all_keys()
-    for name, reason, remedy in (*_algorithm(config), *_learner(config), *_engine(config), *_bounds(config)):
+    unread = (_algorithm, _steps, _learner, _engine, _bounds)
+    for name, reason, remedy in (line for check in unread for line in check(config)):
         value = reduce(getattr, name.split("."), config)
         if value != keys[name].default:
-            left = f"leave {name} at {keys[name].default}"
+            default = keys[name].default
+            left = f"leave {name} at {str(default).lower() if isinstance(default, bool) else default}"
             yield f"{name} = {json.dumps(value)} has no effect with {reason}: use {remedy}, or {left}"
 
 
@@ -28,7 +31,9 @@ def _algorithm(config: Config) -> Iterator[tuple[str, str, str]]:
     """Keys that are not read, each with the setting that does not read it and one that does."""
     algorithm = config.algorithm
     if algorithm.mixing == "rescue":
-        yield "algorithm.alpha", 'algorithm.mixing = "rescue", whose quota is fixed', "algorithm.rescue_quota"
+        reason = 'algorithm.mixing = "rescue", whose quota is fixed'
+        yield "algorithm.alpha", reason, "algorithm.rescue_quota"
+        yield "algorithm.schedule", reason, "algorithm.mixing=in_group"
     else:
         yield "algorithm.rescue_quota", f'algorithm.mixing = "{algorithm.mixing}"', "algorithm.mixing=rescue"
         if algorithm.schedule != "constant":
@@ -37,6 +42,24 @@ def _algorithm(config: Config) -> Iterator[tuple[str, str, str]]:
     if algorithm.driver == "clock":
         for end in ("driver_low", "driver_high"):
             yield f"algorithm.{end}", 'algorithm.driver = "clock"', "algorithm.driver=ess"
+    if not any(quota.explorer for quota in all_quotas(config)):
+        reason, remedy = "a schedule that never asks the explorer", "a larger algorithm.anneal_steps or algorithm.alpha"
+        yield "correction.explorer_negatives", reason, remedy
+
+
+def _steps(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Of how the rows of a step are grouped and when they train."""
+    algorithm, streamed = config.algorithm, "algorithm.stream_mini_batches"
+    if algorithm.mixing == "authors_code":
+        named = 'algorithm.mixing = "authors_code"'
+        yield "algorithm.baseline", f"{named}, whose groups are of one source each", "algorithm.mixing=in_group"
+        yield streamed, f"{named}, which waits for the whole step", "algorithm.mixing=in_group"
+    elif algorithm.mini_batch_prompts >= algorithm.prompts_per_step:
+        reason = f"algorithm.mini_batch_prompts = {algorithm.mini_batch_prompts}, which is the whole step"
+        yield streamed, reason, "a smaller algorithm.mini_batch_prompts"
+    if not algorithm.lookahead:
+        reason = "algorithm.lookahead = 0, where no weights come while a lease is in work"
+        yield "rollout.update_in_flight", reason, "algorithm.lookahead=1"
 
 
 def _learner(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -52,6 +75,9 @@ def _learner(config: Config) -> Iterator[tuple[str, str, str]]:
     if not learner.gradient_checkpointing:
         reason = "learner.gradient_checkpointing = false, which computes nothing twice"
         yield "learner.recompute", reason, "learner.gradient_checkpointing=true"
+    if not learner.micro_batch_tokens:
+        reason = "learner.micro_batch_tokens = 0, which pads every row"
+        yield "learner.share_prompts", reason, "learner.micro_batch_tokens=8192"
     if not learner.lora_rank:
         yield "learner.lora_alpha", "learner.lora_rank = 0, which adds no adapters", "learner.lora_rank=32"
 
@@ -61,14 +87,15 @@ def _engine(config: Config) -> Iterator[tuple[str, str, str]]:
     if config.engine == "torch":
         reason = "the torch engine, which runs on one GPU"
         yield "rollout.tensor_parallel", reason, "rollout.engine=vllm, or more rollout.processes"
+        reason = "the torch engine, which takes what a lease needs"
+        yield "rollout.memory_share", reason, "rollout.engine=vllm, or a smaller rollout.lease_prompts"
 
 
 def _bounds(config: Config) -> Iterator[tuple[str, str, str]]:
-    for source, weight in (
-        ("explorer", config.correction.explorer.weight),
-        ("learner", config.correction.learner.weight),
-    ):
+    for source, correction in (("explorer", config.correction.explorer), ("learner", config.correction.learner)):
+        section = f"correction.{source}"
+        anchor = f"{section}.anchor=learner " if correction.anchor == "sampler" else ""  # else it would correct twice
         for bound, readers in READERS.items():
-            if weight not in readers:
-                section = f"correction.{source}"
-                yield f"{section}.{bound}", f'{section}.weight = "{weight}"', f"{section}.weight={readers[0]}"
+            if correction.weight not in readers:
+                remedy = f"{anchor}{section}.weight={readers[0]}"
+                yield f"{section}.{bound}", f'{section}.weight = "{correction.weight}"', remedy

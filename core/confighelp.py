@@ -7,8 +7,8 @@ from itertools import groupby
 
 import msgspec
 
+from core.anneal import all_quotas
 from core.config import Config
-from core.configcheck import all_quotas
 from core.configfile import FLAGS, USAGE
 from core.confighints import ALIASES, meant
 from core.configkeys import ConfigError, Key, all_keys, section_of

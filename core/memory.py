@@ -210,10 +210,9 @@ class EngineNeed(NamedTuple):
     rows: int  # completions of one lease: what the torch engine caches at once
 
 
-def engine_need(config: Config, shape: ModelShape, *, samples: int) -> EngineNeed:
-    """What an engine must hold. `samples`: completions per prompt that it is asked for at most."""
+def engine_need(config: Config, shape: ModelShape, *, rows: int) -> EngineNeed:
+    """What an engine must hold. `rows`: completions of the largest lease that it can be given."""
     width, spread = BYTES[config.learner.dtype], config.rollout.tensor_parallel
     longest = config.rollout.max_prompt_tokens + max(config.rollout.max_response_tokens, explorer_tokens(config))
     per_token = shape.cache_bytes(width) // min(spread, shape.kv_heads)
-    prompts = min(config.rollout.lease_prompts, config.algorithm.prompts_per_step)
-    return EngineNeed(width * shape.parameters // spread, longest * per_token, prompts * samples)
+    return EngineNeed(width * shape.parameters // spread, longest * per_token, rows)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from core.config import Config
-from core.configcheck import all_quotas
 from core.configkeys import ConfigError
+from core.lease_size import lease_rows
 from core.memory import (
     CONTEXT_BYTES,
     ENGINE_OVERHEAD_BYTES,
@@ -67,15 +67,10 @@ def preflight(
 
 def _needs(config: Config, learner: ModelShape, explorer: ModelShape | None) -> dict[str, EngineNeed]:
     """What an engine of each role must hold."""
-    quotas = all_quotas(config)
-    roles = {"learner": (learner, max(quota.learner for quota in quotas))}
+    rows = lease_rows(config)
+    needs = {"learner": engine_need(config, learner, rows=max(rows.learner, rows.evaluation))}
     if explorer is not None:
-        roles["explorer"] = (explorer, max(quota.explorer for quota in quotas))
-    samples = config.evaluation.samples if config.data.eval else 0
-    needs = {
-        role: engine_need(config, shape, samples=max(most, samples if role == "learner" else 0))
-        for role, (shape, most) in roles.items()
-    }
+        needs["explorer"] = engine_need(config, explorer, rows=rows.explorer)
     if config.rollout.roles == "handover" and "explorer" in needs:  # its processes become the learner's later on
         needs["explorer"] = EngineNeed(*map(max, needs["explorer"], needs["learner"]))
     return needs
@@ -161,7 +156,8 @@ def _remedies(config: Config, trainer: dict[str, int], trains: bool, generates: 
     elif trains and learner.micro_batch_rows > 1:
         options.append("a smaller learner.micro_batch_rows")
     if trains and generates:
-        options.append("GPUs of their own for the engines (placement), or a smaller rollout.memory_share")
+        smaller = "lease_prompts" if config.engine == "torch" else "memory_share"
+        options.append(f"GPUs of their own for the engines (placement), or a smaller rollout.{smaller}")
     elif generates:
         options.append("fewer processes, a smaller rollout.lease_prompts, or rollout.engine=vllm")
     return f"Use {'; '.join(options)}"

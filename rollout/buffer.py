@@ -13,7 +13,7 @@ from itertools import islice
 import msgspec
 
 from core.schema import Completion, CompletionKey, ScoredCompletion, Source
-from rollout.ledger import Ledger
+from rollout.ledger import SPARE, Ledger
 
 PROMPT_DROPPED = "prompt_dropped"
 
@@ -202,7 +202,7 @@ class ReplayBuffer:
     def _end_step(self, step: int) -> None:
         for key in list(self._arrived.get(step, {})):
             self._remove(key)
-            self.ledger.drop(key.source, "spare")
+            self.ledger.drop(key.source, SPARE)
         self.trained_step = step
         self._trained.clear()
         for table in (self._arrived, self._scored, self._failed, self._dropped_slots, self._scored_of_slot):

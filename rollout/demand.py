@@ -9,6 +9,7 @@ from typing import Literal
 
 from core.anneal import Quota, quota_at
 from core.config import Config
+from core.lease_size import evaluation_prompts
 from core.pace import Pace
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Prompt, Sampling, Source, pack_tokens
@@ -101,8 +102,7 @@ class Demand:
             stop_token_ids=self.sampling[Source.LEARNER].stop_token_ids,
         )
         samples = tuple(range(evaluation.samples))
-        # A lease's rows stay near those of a training lease, so that they fit where training leases fit.
-        size = max(1, self.config.rollout.lease_prompts * self.config.algorithm.group_size // len(samples))
+        size = evaluation_prompts(self.config)
         for first in range(0, len(prompts), size):
             chunk = list(enumerate(prompts))[first : first + size]
             items = tuple(self._item("eval", Source.LEARNER, step, slot, prompt, samples) for slot, prompt in chunk)

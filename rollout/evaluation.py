@@ -26,7 +26,7 @@ class Evaluation:
             return True
 
     def score(self, key: CompletionKey, reward: float | None, text: str) -> None:
-        """Give a completion its reward; None (the reward failed) leaves it out of n."""
+        """Give a completion its reward; None: the reward failed, and it is not among the rows."""
         with self._lock:
             if reward is None:
                 self._unscored += 1

@@ -14,6 +14,9 @@ from typing import Any
 
 from core.schema import Source
 
+# Reasons of drops that `rescue` plans: explorer rows that no group needed, learner rows that such a row replaced.
+SPARE, RESCUED = "spare", "rescued"
+
 
 class Account:
     """Counts of one source's training completions. `past` is what earlier starts of the run produced and rejected;
@@ -93,14 +96,22 @@ class Ledger:
             return self._accounts[source].reused, self._accounts[source].past_produced
 
     def totals(self) -> dict[str, int]:
-        """The run's fault counters, both sources together."""
+        """The run's fault counters, both sources together; `fault/dropped/REASON` are parts of `fault/dropped`, and so
+        for rejected. Planned drops are no faults."""
         with self._lock:
             accounts = self._accounts.values()
-            return {
-                "fault/dropped": sum(account.dropped.total() for account in accounts),
-                "fault/rejected": sum(account.rejected.total() for account in accounts),
-                "fault/replaced": sum(account.replaced for account in accounts),
-            }
+            dropped: Counter[str] = sum((account.dropped for account in accounts), Counter())
+            rejected: Counter[str] = sum((account.rejected for account in accounts), Counter())
+            replaced = sum(account.replaced for account in accounts)
+        for planned in (SPARE, RESCUED):
+            dropped.pop(planned, None)
+        return {
+            "fault/dropped": dropped.total(),
+            "fault/rejected": rejected.total(),
+            "fault/replaced": replaced,
+            **{f"fault/dropped/{reason}": count for reason, count in sorted(dropped.items())},
+            **{f"fault/rejected/{reason}": count for reason, count in sorted(rejected.items())},
+        }
 
     def report(self, pool: Mapping[str, Mapping[str, Any]], resident: Mapping[Source, int]) -> dict[str, Any]:
         """Both accounts; `conserved` where both equations of both hold."""

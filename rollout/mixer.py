@@ -18,7 +18,7 @@ from rollout.buffer import ReplayBuffer
 from rollout.demand import Demand
 from rollout.evaluation import Evaluation
 from rollout.grouping import form_groups
-from rollout.ledger import Ledger
+from rollout.ledger import RESCUED, Ledger
 from rollout.messages import Lease
 from rollout.patience import Patience
 from rollout.pool import WorkerPool
@@ -131,7 +131,7 @@ class Mixer:
         scored = [row for key, row in self.buffer.scored(step).items() if key.slot in slots]
         groups, rescued = form_groups(scored, self.demand.prompts_at(step), self.config.algorithm)
         self._assert_fresh(step, groups)
-        self.buffer.drop(rescued, "rescued")
+        self.buffer.drop(rescued, RESCUED)
         rest = range(slots[-1] + 1 if slots else 0, len(self.demand.prompts_at(step)))
         last = prompts is None or len(slots) < prompts or not self.buffer.window(step, rest, 1)
         self.buffer.take(step, [row.completion.key for group in groups for row in group.rows], last=last)
@@ -155,7 +155,7 @@ class Mixer:
         return True
 
     def evaluate(self, step: int, prompts: Sequence[Prompt]) -> list[list[ScoredCompletion]]:
-        """Completions of the learner after `step`, by prompt. Rewards that fail are left out: a smaller n."""
+        """Completions of the learner after `step`, by prompt, without those whose reward failed."""
         self._evaluation = evaluation = Evaluation(prompts, self.config.evaluation.samples)
         self.pool.submit(list(self.demand.evaluation(step, prompts)))
         self._patience.wait(f"evaluation after step {step}", evaluation.missing, lambda: evaluation.missing() == 0)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from core.config import Config
 from core.metrics import is_evaluation
-from trainer.wording import FAULTS, LOSS_NOTE, evaluation_text, flat_text, step_text, summary
+from trainer.wording import LOSS_NOTE, evaluation_text, fault_texts, flat_text, step_text, summary
 
 SHOW_WAIT_AFTER_S = 2.0
 PRINT_WAIT_AFTER_S = 15.0
@@ -49,7 +49,8 @@ class Console:
         self._status, self._wait = "", ""
         self._printed_quarter, self._printed_wait_s = 0, 0.0
         self._step_times: deque[float] = deque(maxlen=20)
-        self._faults: dict[str, float] = {}
+        trained = [line for line in history if not is_evaluation(line)]
+        self._trained: Mapping[str, Any] = trained[-1] if trained else {}  # the last step's line
         self._flat_steps = 0
         self._resumed = bool(history)
         self._evaluations = [line for line in history if is_evaluation(line)]
@@ -144,11 +145,9 @@ class Console:
         self._flat_steps = self._flat_steps + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
         if self._flat_steps in (1, 10, 100, 1000):
             self.warn(flat_text(metrics, self._flat_steps))
-        for name, meaning in FAULTS.items():
-            count = metrics.get(name) or 0
-            if count > self._faults.get(name, 0):
-                self.warn(f"step {metrics['step']}: {count:.0f} {meaning}")
-            self._faults[name] = count
+        for text in fault_texts(metrics, self._trained):
+            self.warn(text)
+        self._trained = metrics
 
 
 def _no_noise(record: logging.LogRecord) -> bool:

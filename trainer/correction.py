@@ -9,7 +9,7 @@ where `explorer.temperature` differs. A truncated support (top_p, top_k) is diff
 tokens that the learner does not know, and no ratio to it is computed.
 
 `anchor = "sampler"` already divides by μ: together with token_tis, icepop, sequence_tis, mixture or topr the same
-discrepancy is corrected twice.
+discrepancy would be corrected twice, which core.configcheck refuses.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from core.config import Evaluation
+from core.diversity import pass_at_k
 from core.metrics import CORRECT_ABOVE
 from core.schema import ScoredCompletion
 from core.standard_streams import keep_going
@@ -42,16 +43,14 @@ class Estimate(NamedTuple):
 def pass_at(samples: Sequence[int], correct: Sequence[int], k: int) -> Estimate | None:
     """Mean over problems of the unbiased pass@k of each, from n samples of which c are correct.
 
-        pass@k = 1 − C(n−c, k) / C(n, k);   pass@1 = c/n, the mean over samples
-
-    (arXiv:2107.03374, equation 1.) The standard error is over problems, so it holds the noise of the samples as well.
-    Problems with fewer than k samples are left out; None where that leaves none. One problem has standard error 0.
+    The standard error is over problems, so it holds the noise of the samples as well. Problems with fewer than k
+    samples are left out; None where that leaves none. One problem has standard error 0.
     """
     if len(samples) != len(correct) or not all(0 <= c <= n for n, c in zip(samples, correct)) or k < 1:
         raise ValueError(
             f"pass@k needs k >= 1 and 0 <= correct <= samples per problem: k = {k}, {samples=}, {correct=}"
         )
-    values = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in zip(samples, correct) if n >= k]
+    values = [pass_at_k(n, c, k) for n, c in zip(samples, correct) if n >= k]
     if not values:
         return None
     stderr = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -64,19 +63,21 @@ def summarise(rows: Sequence[Sequence[ScoredCompletion]], settings: Evaluation) 
     `eval/pass@k` and `eval/stderr/pass@k` (a completion is correct with a reward above 0.5), `eval/reward`,
     `eval/graded_ratio` (share of rewards other than −1, 0 and 1), `eval/mean_length` (tokens, the stop token included),
     `eval/truncated_ratio`, `eval/unique_trace_ratio` (distinct texts over samples, mean over problems),
-    `eval/problems`, `eval/completions`. Completions whose reward failed are not among the rows; problems without any
-    are left out.
+    `eval/problems`, `eval/completions`, `eval/failed_ratio`. Completions whose reward failed are not among the rows:
+    they count as wrong, as they do in `measure`, so that every k is of the same problems. The other means are without
+    them; where no reward is left, there are none.
     """
     answered = [row for row in rows if row]
     scored = [one for row in answered for one in row]
-    metrics = {"eval/problems": float(len(answered)), "eval/completions": float(len(scored))}
+    metrics = {"eval/problems": float(len(rows)), "eval/completions": float(len(rows) * settings.samples)}
+    metrics["eval/failed_ratio"] = 1 - len(scored) / metrics["eval/completions"]
     if not scored:
         return metrics
-    samples, correct = [len(row) for row in answered], [count_correct(row) for row in answered]
+    correct = [count_correct(row) for row in rows]
     for k in settings.k:
-        estimate = pass_at(samples, correct, k)
-        if estimate is not None:
-            metrics[f"eval/pass@{k}"], metrics[f"eval/stderr/pass@{k}"] = estimate
+        estimate = pass_at([settings.samples] * len(rows), correct, k)
+        assert estimate is not None, "every k is at most evaluation.samples"
+        metrics[f"eval/pass@{k}"], metrics[f"eval/stderr/pass@{k}"] = estimate
     metrics["eval/reward"] = float(np.mean([one.reward for one in scored]))
     metrics["eval/graded_ratio"] = float(np.mean([one.reward not in PLAIN_REWARDS for one in scored]))
     metrics["eval/mean_length"] = float(np.mean([one.completion.num_tokens for one in scored]))

@@ -5,7 +5,8 @@ are fp64 tensors on the device until one copy per update; after that, numpy.
 
 Two passes give different numbers, so they are kept apart: clipping and KL are means over all updates; weights, ESS
 and KL to the sampler are those of the first visit to each row; the ratio is that of the first update that holds the
-source. Rows that are not computed (learner.skip_zero_gradient) count in none of them but `tokens/computed`.
+source. Rows that are not computed (learner.skip_zero_gradient) count in none of them but `tokens/computed`. A number
+that nothing was measured for is left out: 0 would be a value.
 """
 
 from collections.abc import Mapping
@@ -126,20 +127,24 @@ class Tally:
     def metrics(self) -> dict[str, float]:
         """The step's numbers by the names of metrics.jsonl; a source without rows has none."""
         computed = self.first_visit[:, SUMS.index("tokens")].sum()
-        metrics = overall_metrics(self.every_update) | {"tokens/computed": _mean(computed, self.num_tokens)}
+        metrics = overall_metrics(self.every_update) | _means({"tokens/computed": (computed, self.num_tokens)})
         for position, source in enumerate(SOURCES):
             every, first, ratio = (
                 dict(zip(SUMS, table[position])) for table in (self.every_update, self.first_visit, self.first_update)
             )
-            if not every["tokens"]:
-                continue
-            metrics[f"{source}/ratio_mean"] = _mean(ratio["ratio"], ratio["live"])
-            metrics[f"{source}/ratio_max"] = float(self.first_update_maxima[position, MAXIMA.index("ratio")])
-            metrics[f"{source}/clip_fraction"] = _mean(every["clipped"], every["live"])
-            metrics[f"{source}/masked_fraction"] = _mean(first["masked"], first["tokens"])
-            metrics[f"{source}/weight_mean"] = _mean(first["weight"], first["tokens"])
+            found = _means(
+                {
+                    "ratio_mean": (ratio["ratio"], ratio["live"]),
+                    "clip_fraction": (every["clipped"], every["live"]),
+                    "masked_fraction": (first["masked"], first["tokens"]),
+                    "weight_mean": (first["weight"], first["tokens"]),
+                }
+            )
+            if ratio["live"]:
+                found["ratio_max"] = float(self.first_update_maxima[position, MAXIMA.index("ratio")])
             if not _renormalised(self.config, source):
-                metrics |= {f"{source}/{name}": value for name, value in _against_sampler(first).items()}
+                found |= _against_sampler(first)
+            metrics |= {f"{source}/{name}": value for name, value in found.items()}
         return metrics | self._sampling_gap()
 
     def _sampling_gap(self) -> dict[str, float]:
@@ -152,7 +157,7 @@ class Tally:
         if not gap["tokens"] or _renormalised(self.config, Source.LEARNER):
             return {}
         highest = dict(zip(MAXIMA, maxima[learner]))
-        found = {"mean": _mean(gap["gap"], gap["tokens"]), "max": float(highest["gap"])}
+        found = {"mean": float(gap["gap"] / gap["tokens"]), "max": float(highest["gap"])}
         if gap["current"]:
             found["current_max"] = float(highest["current_gap"])
         return {f"sampling/sampling_logp_difference/{name}": value for name, value in found.items()}
@@ -161,24 +166,24 @@ class Tally:
 def overall_metrics(sums_SK: np.ndarray) -> dict[str, float]:
     """KL, entropy and clip fractions over all sources."""
     total = dict(zip(SUMS, sums_SK.sum(0)))
-    return {
-        "kl": _mean(total["kl"], total["kl_tokens"]),
-        "entropy": _mean(total["entropy"], total["tokens"]),
-        "clip_ratio/low_mean": _mean(total["low"], total["live"]),
-        "clip_ratio/high_mean": _mean(total["high"], total["live"]),
-        "clip_ratio/region_mean": _mean(total["region"], total["live"]),
-    }
+    return _means(
+        {
+            "kl": (total["kl"], total["kl_tokens"]),
+            "entropy": (total["entropy"], total["tokens"]),
+            "clip_ratio/low_mean": (total["low"], total["live"]),
+            "clip_ratio/high_mean": (total["high"], total["live"]),
+            "clip_ratio/region_mean": (total["region"], total["live"]),
+        }
+    )
 
 
 def _against_sampler(first: Mapping[str, float]) -> dict[str, float]:
     """ESS = (Σw)² / (n Σw²) as a fraction of n tokens, KL estimates and weights."""
     count = first["tokens"]
     spread = count * first["importance_squared"]
-    return {
-        "ess": _mean(first["importance"] ** 2, spread),
-        "kl_k1": _mean(first["k1"], count),
-        "kl_k3": _mean(first["k3"], count),
-    }
+    return _means(
+        {"ess": (first["importance"] ** 2, spread), "kl_k1": (first["k1"], count), "kl_k3": (first["k3"], count)}
+    )
 
 
 def _renormalised(config: Config, source: Source) -> bool:
@@ -187,5 +192,6 @@ def _renormalised(config: Config, source: Source) -> bool:
     return settings.top_p < 1 or settings.top_k > 0
 
 
-def _mean(total: float, count: float) -> float:
-    return float(total / count) if count else 0.0
+def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """total / count of each (total, count), without those that count nothing."""
+    return {name: float(total / count) for name, (total, count) in sums.items() if count}

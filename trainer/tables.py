@@ -11,7 +11,7 @@ from core.anneal import quota_at
 from core.config import Config
 from core.configkeys import all_keys, section_of
 from core.metrics import CORRECT_ABOVE
-from trainer.wording import duration_text, is_graded, number_text, pass_at_keys, percent_text
+from trainer.wording import duration_text, failed_text, is_graded, number_text, pass_at_keys, percent_text
 
 Lines = Sequence[Mapping[str, Any]]
 SOURCES = ("explorer", "learner")
@@ -49,7 +49,7 @@ def _evaluation_tiles(evaluations: Lines) -> list[tuple[str, str]]:
     for name, key in pass_at_keys(last):
         gain = 100 * ((last[key] or 0.0) - (first.get(key) or 0.0))
         values = f"{percent_text(first.get(key))} → {percent_text(last[key])}"
-        shown.append((values, f"{name}{rule}, {gain:+.1f} points"))
+        shown.append((values, f"{name}{rule}, {gain:+.1f} points{failed_text(last)}"))
     return shown
 
 

@@ -8,9 +8,9 @@ from core.metrics import CORRECT_ABOVE, is_evaluation
 from trainer.diagnosis import diagnosis
 
 LOSS_NOTE = "the loss starts near 0 by construction (ratios near 1, advantages that sum to 0): watch reward and pass@1"
-FAULTS = {
-    "fault/dropped": "completions dropped (their reward failed: logs/reward.log); replaced or counted in ledger.json",
-    "fault/rejected": "deliveries rejected; reasons in ledger.json",
+FAULTS = {  # running total → what it counts; metrics below it are its parts, by reason
+    "fault/dropped": "completions dropped",
+    "fault/rejected": "deliveries rejected",
     "fault/skipped_updates": "optimizer updates skipped for a non-finite gradient",
 }
 
@@ -26,6 +26,24 @@ def step_text(metrics: Mapping[str, Any], steps: int, eta_s: float, *, brief: bo
     if not brief:
         parts.append(f"{metrics.get('step_time') or 0:.2f} s")
     return "  ".join([*parts, f"ETA {duration_text(eta_s)}" if metrics["step"] < steps else "done"])
+
+
+def fault_texts(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What went wrong since the line `before`, by reason: `step 7: 3 completions dropped (2 reward_raised, …)`."""
+    grown = {
+        name: count - (before.get(name) or 0)
+        for name, count in metrics.items()
+        if name.startswith("fault/") and count and count > (before.get(name) or 0)
+    }
+    texts = []
+    for name, meaning in FAULTS.items():
+        if name in grown:
+            parts = [key for key in grown if key.startswith(f"{name}/")]
+            reasons = [f"{grown[key]:.0f} {key.rpartition('/')[2]}" for key in parts]
+            log = "; why rewards failed: logs/reward.log" if any(" reward_" in reason for reason in reasons) else ""
+            why = f" ({', '.join(reasons)}{log})" if reasons else ""
+            texts.append(f"step {metrics['step']}: {grown[name]:.0f} {meaning}{why}")
+    return texts
 
 
 def flat_text(metrics: Mapping[str, Any], flat_steps: int) -> str:
@@ -70,11 +88,11 @@ def headline_texts(evaluations: Sequence[Mapping[str, Any]], config: Config) -> 
     ]
     if is_graded(scored):
         reward = f"{number_text(first.get('eval/reward'))} → {number_text(last.get('eval/reward'))}"
-        return [f"reward {reward} (mean, {size}); above {CORRECT_ABOVE:g}: {', '.join(gains)}"]
+        return [f"reward {reward} (mean, {size}); above {CORRECT_ABOVE:g}: {', '.join(gains)}{failed_text(last)}"]
     if not gains:
         return []
     head, _, values = gains[0].partition(" ")
-    return [", ".join([f"accuracy {values} ({head}, {size})", *gains[1:]])]
+    return [", ".join([f"accuracy {values} ({head}, {size})", *gains[1:]]) + failed_text(last)]
 
 
 def evaluation_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -96,8 +114,14 @@ def evaluation_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
         gain = f", {change:+.3f} since the start" if graded else f", {100 * change:+.1f} points since the start"
     scores = ", ".join(f"{name} {percent_text(last[key])}" for name, key in names)
     if graded:
-        return f"reward {number_text(last.get(key))}{gain}; above {CORRECT_ABOVE:g}: {scores}"
-    return scores + gain
+        return f"reward {number_text(last.get(key))}{gain}; above {CORRECT_ABOVE:g}: {scores}{failed_text(last)}"
+    return scores + gain + failed_text(last)
+
+
+def failed_text(evaluation: Mapping[str, Any]) -> str:
+    """How many of an evaluation's completions have no reward; empty for none."""
+    share = evaluation.get("eval/failed_ratio")
+    return f"; {percent_text(share)} without a reward (it failed), counted as wrong" if share else ""
 
 
 def is_graded(evaluations: Sequence[Mapping[str, Any]]) -> bool:

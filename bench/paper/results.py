@@ -9,7 +9,7 @@ from bench.paper.experiments import ARMS, STATISTICS, Comparison, Experiment, St
 from bench.paper.intervals import Interval, Rule, Verdict, at_compute, combine, interval, judge, paired
 from bench.paper.runs import Finished
 
-# Means over the training lines of a run; those of the explorer's rows are over the steps that have some.
+# Means over the training lines of a run that have them: those of the explorer's rows over the steps with some.
 MEANS = (
     "groups/all_fail", "groups/all_pass", "frac_reward_zero_std", "explorer/reward", "explorer/ess",
     "explorer/clip_fraction", "explorer/kl_k1", "explorer/kl_k3", "explorer/ratio_max", "explorer/masked_fraction",

@@ -3,12 +3,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 
 from core.anneal import quota_at
-from core.config import Config, Learner
+from core.config import Config, Learner, Weight
 from core.configcheck import check_config, check_paths
 from core.configfile import ConfigError, load_config, parse_command, write_resolved
 from core.confighelp import TABLES, explain, help_text
@@ -47,7 +48,7 @@ def test_flags_files_and_overrides_in_any_order():
         ("loss.dual_clip=4", "loss.dual_clip", 4.0),
         ("learner.gradient_checkpointing=true", "learner.gradient_checkpointing", True),
         ("evaluation.k=[1, 4]", "evaluation.k", (1, 4)),
-        ("correction.explorer.weight=token_tis", "correction.explorer.weight", "token_tis"),
+        ("correction.explorer.weight=geometric_mask", "correction.explorer.weight", "geometric_mask"),
         ('correction.explorer.weight="luffy"', "correction.explorer.weight", "luffy"),
         ("data.suffix= /no_think", "data.suffix", " /no_think"),
         ("run.dir=a=b", "run.dir", "a=b"),
@@ -182,10 +183,16 @@ def test_an_impossible_combination_says_value_bound_and_remedy(arguments, parts)
         ("learner.recompute=selective", "learner.gradient_check", "learner.gradient_checkpointing=true"),
         ("learner.micro_batch_rows=16", "learner.micro_batch_tokens = 8192", "learner.micro_batch_tokens=0"),
         ("learner.lora_alpha=8", "learner.lora_rank = 0", "learner.lora_rank=32"),
-        ("correction.explorer.cap=3", 'correction.explorer.weight = "none"', "correction.explorer.weight=token_tis"),
+        (
+            "correction.explorer.cap=3",
+            'correction.explorer.weight = "none"',
+            "correction.explorer.anchor=learner correction.explorer.weight=token_tis",
+        ),
         ("correction.learner.low=0.6", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("correction.learner.high=4", 'correction.learner.weight = "token', "correction.learner.weight=icepop"),
         ("rollout.tensor_parallel=2", "the torch engine", "rollout.engine=vllm"),
+        ("rollout.memory_share=0.4", "the torch engine", "rollout.engine=vllm"),
+        ("rollout.update_in_flight=false", "algorithm.lookahead = 0", "algorithm.lookahead=1"),
     ],
 )
 def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, remedy):
@@ -195,9 +202,55 @@ def test_a_value_that_cannot_act_is_refused_and_its_remedies_work(idle, reason, 
     assert f"{key} = " in message
     assert f" has no effect with {reason}" in message
     assert f": use {remedy}" in message
-    assert message.endswith(f"or leave {key} at {default}")
-    parse_command([idle, remedy])
-    parse_command([f"{key}={default}"])
+    text = str(default).lower() if isinstance(default, bool) else default
+    assert message.endswith(f"or leave {key} at {text}")
+    parse_command([idle, *remedy.split()])
+    parse_command([f"{key}={text}"])
+
+
+@pytest.mark.parametrize(
+    ("idle", "under", "reason", "instead"),
+    [
+        ("algorithm.schedule=abrupt", "algorithm.mixing=rescue", "whose quota is fixed", "algorithm.mixing=in_group"),
+        ("algorithm.baseline=source", "algorithm.mixing=authors_code", "of one source", "algorithm.mixing=in_group"),
+        ("algorithm.stream_mini_batches=false", "algorithm.mixing=authors_code", "waits", "algorithm.mixing=in_group"),
+        (
+            "algorithm.stream_mini_batches=false",
+            "algorithm.mini_batch_prompts=32",
+            "algorithm.mini_batch_prompts = 32, which is the whole step",
+            "algorithm.mini_batch_prompts=16",
+        ),
+        (
+            "learner.share_prompts=false",
+            "learner.micro_batch_tokens=0",
+            "learner.micro_batch_tokens = 0, which pads",
+            "learner.micro_batch_tokens=8192",
+        ),
+        ("correction.explorer_negatives=drop", "algorithm.anneal_steps=0", "never asks", "algorithm.anneal_steps=10"),
+    ],
+)
+def test_a_value_is_refused_under_a_setting_that_does_not_read_it(idle, under, reason, instead):
+    message = error_of(idle, under)
+    key = idle.partition("=")[0]
+    assert re.fullmatch(f"{key} = .* has no effect with .*{reason}.*: use .*, or leave {key} at .*", message)
+    assert instead.partition("=")[0] in message
+    parse_command([under])
+    parse_command([idle, instead])
+
+
+@pytest.mark.parametrize("source", ["explorer", "learner"])
+@pytest.mark.parametrize("weight", get_args(Weight))
+def test_no_row_is_corrected_twice(source, weight):
+    """The sampler's ratio π_θ/μ already holds the π_old/μ of an importance weight."""
+    section = f"correction.{source}"
+    words = [f"{section}.anchor=sampler", f"{section}.weight={weight}"]
+    parse_command([f"{section}.anchor=learner", words[1]])
+    if weight in ("none", "luffy", "geometric_mask"):
+        parse_command(words)
+        return
+    message = error_of(*words)
+    assert f'{section}.weight = "{weight}" with {section}.anchor = "sampler" corrects twice' in message
+    assert message.endswith(f"use {section}.anchor=learner, or {section}.weight=none")
 
 
 def test_cispo_has_no_dual_clip():

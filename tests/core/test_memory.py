@@ -169,10 +169,10 @@ def test_the_head_holds_a_chunk_of_logits_and_for_deepspeed_an_fp32_accumulator(
 
 
 def test_an_engine_needs_its_weights_and_a_longest_completion() -> None:
-    need = engine_need(config("rollout.tensor_parallel=2"), LARGE, samples=16)
+    need = engine_need(config("rollout.tensor_parallel=2"), LARGE, rows=512)
     assert need.weights == P
     assert need.sequence == (512 + 4096) * LARGE.cache_bytes(2) // 2
-    assert need.rows == 32 * 16
+    assert need.rows == 512
 
 
 def test_eight_gpus_of_80_gib_hold_the_preset_with_zero_3() -> None:
@@ -200,6 +200,13 @@ def test_a_share_too_small_for_the_model_is_refused() -> None:
     (line,) = str(raised.value).splitlines()
     assert line.startswith("GPU 4: a learner rollout engine may fill 16.0 GiB and needs 17.9 GiB")
     assert "rollout.tensor_parallel" in line
+
+
+def test_evaluation_fits_where_training_does() -> None:
+    """Four prompts a step: their 64 rows are what an engine caches at once, whatever a lease may hold."""
+    chosen = config("algorithm.prompts_per_step=4", "algorithm.mini_batch_prompts=4")
+    lines = preflight(chosen, Placement(), [], learner=LARGE, explorer=SMALL, ranks=1, vllm=False)
+    assert sum("cache of 64 rows" in line for line in lines) == 2
 
 
 def test_an_explorer_that_is_handed_over_must_hold_the_learner_too() -> None:

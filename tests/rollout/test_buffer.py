@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.schema import Completion, CompletionKey, Source, pack_logprobs, pack_tokens
 from rollout.buffer import ReplayBuffer
-from rollout.ledger import Ledger
+from rollout.ledger import RESCUED, SPARE, Ledger
 
 
 def completion(source: Source, step: int, slot: int, sample: int, length: int = 3) -> Completion:
@@ -75,6 +75,22 @@ def test_take_drops_what_the_step_did_not_use_as_spare() -> None:
     assert report["conserved"]
     assert report["explorer"]["dropped"] == {"spare": 2}
     assert report["explorer"]["resident"] == 0
+
+
+def test_planned_drops_are_no_fault_and_the_others_have_their_reasons() -> None:
+    ledger = Ledger()
+    for source, reason, count in (
+        (Source.EXPLORER, SPARE, 64),
+        (Source.LEARNER, RESCUED, 8),
+        (Source.EXPLORER, "unknown_token", 2),
+        (Source.LEARNER, "unknown_token", 1),
+    ):
+        ledger.drop(source, reason, count)
+    ledger.reject(Source.LEARNER, "late")
+    assert ledger.totals() == {
+        "fault/dropped": 3, "fault/dropped/unknown_token": 3, "fault/rejected": 1, "fault/rejected/late": 1,
+        "fault/replaced": 0,
+    }  # fmt: skip
 
 
 def test_conservation_fails_when_a_count_disagrees_with_the_buffer_or_the_pool() -> None:

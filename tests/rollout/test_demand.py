@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from core.config import Algorithm, Config, Evaluation, Explorer, Rollout
+from core.lease_size import LeaseRows, lease_rows
 from core.prompts import PromptSchedule
 from core.schema import CompletionKey, Prompt, Source, pack_tokens
 from core.seeds import completion_seed
@@ -121,6 +122,40 @@ def test_evaluation_leases_sample_the_learner_after_its_step() -> None:
     seeds = [seed for lease in leases for item in lease.items for seed in item.seeds]
     training = [seed for lease in demand.leases(Source.LEARNER, 3) for item in lease.items for seed in item.seeds]
     assert not set(seeds) & set(training)
+
+
+@pytest.mark.parametrize("lease_prompts", [1, 4, 32])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {},
+        {"mixing": "rescue", "rescue_quota": 3},
+        {"mixing": "authors_code"},
+        {"schedule": "constant", "alpha": 0.6},
+        {"schedule": "constant"},  # the learner is only evaluated
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 8, 50])
+def test_no_lease_is_larger_than_memory_and_credit_are_counted_for(
+    lease_prompts: int, algorithm: dict[str, object], samples: int
+) -> None:
+    demand = make(
+        algorithm=msgspec.structs.replace(ALGORITHM, **algorithm),
+        rollout=Rollout(lease_prompts=lease_prompts, max_response_tokens=9),
+        evaluation=Evaluation(samples=samples, k=(1,)),
+    )
+
+    def largest(leases: list[Lease]) -> int:
+        return max((len(keys([lease])) for lease in leases), default=0)
+
+    def training(source: Source) -> list[Lease]:
+        return [lease for step in range(1, 9) for lease in demand.leases(source, step)]
+
+    assert lease_rows(demand.config) == LeaseRows(
+        explorer=largest(training(Source.EXPLORER)),
+        learner=largest(training(Source.LEARNER)),
+        evaluation=largest(list(demand.evaluation(8, PROMPTS))),
+    )
 
 
 def test_lease_ids_of_a_run_are_unique() -> None:

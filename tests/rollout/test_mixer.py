@@ -334,6 +334,7 @@ def test_spare_completions_of_rescue_are_counted(make_world: Callable[..., World
     assert {tuple(names(group)) for group in groups} == {tuple(f"learner:{i}" for i in range(4))}  # 1 and 3 are right
     report = world.report()
     assert report["explorer"]["dropped"] == {"spare": 8}
+    assert world.ledger.totals()["fault/dropped"] == 0
     assert report["conserved"]
 
 

@@ -149,10 +149,22 @@ def test_flat_rewards_are_a_warning_that_says_why_and_does_not_repeat_each_step(
 def test_faults_are_warned_of_when_they_grow():
     console, taken = plain()
     for step, dropped in ((1, 0), (2, 3), (3, 3), (4, 5)):
-        console.step(step_line(step, **{"fault/dropped": dropped}))
-    warnings = [line for line in taken() if line.startswith("warning")]
-    assert len(warnings) == 2
-    assert "step 2: 3 completions dropped" in warnings[0]
+        parts = {"fault/dropped/reward_raised": dropped - dropped // 2, "fault/dropped/unknown_token": dropped // 2}
+        console.step(step_line(step, **{"fault/dropped": dropped, **parts}))
+    log = "; why rewards failed: logs/reward.log)"
+    assert [line for line in taken() if line.startswith("warning")] == [
+        f"warning: step 2: 3 completions dropped (2 reward_raised, 1 unknown_token{log}",
+        f"warning: step 4: 2 completions dropped (1 reward_raised, 1 unknown_token{log}",
+    ]
+
+
+def test_faults_of_earlier_starts_are_not_warned_of_again():
+    history = [step_line(1, **{"fault/dropped": 3, "fault/skipped_updates": 1}), evaluation_line(1, 0.4)]
+    console, taken = plain(history=history)
+    console.step(step_line(2, **{"fault/dropped": 3, "fault/rejected": None, "fault/skipped_updates": 2}))
+    assert [line for line in taken() if line.startswith("warning")] == [
+        "warning: step 2: 1 optimizer updates skipped for a non-finite gradient"
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_such():
@@ -194,7 +206,7 @@ def test_graded_rewards_are_headed_by_their_mean():
 
 
 def test_an_evaluation_whose_rewards_all_failed_is_said():
-    failed = {"step": 20, "eval/problems": 0.0, "eval/completions": 0.0}
+    failed = {"step": 20, "eval/problems": 2.0, "eval/completions": 16.0, "eval/failed_ratio": 1.0}
     console, taken = plain()
     console.evaluation(failed | {"step": 0})
     console.evaluation(evaluation_line(20, 0.4))
@@ -203,6 +215,17 @@ def test_an_evaluation_whose_rewards_all_failed_is_said():
         "evaluation after step 20: pass@1 40.0 %, pass@8 60.0 %",
     ]
     assert summary([failed], Config(), 1.0) == []
+
+
+def test_rewards_that_failed_in_an_evaluation_are_said_beside_pass_at_k():
+    line = evaluation_line(0, 0.4) | {"eval/failed_ratio": 0.25}
+    console, taken = plain()
+    console.evaluation(line)
+    said = "; 25.0 % without a reward (it failed), counted as wrong"
+    assert taken() == [f"evaluation before training: pass@1 40.0 %, pass@8 60.0 %{said}"]
+    assert summary([line], Config(), 1.0)[0].endswith(said)
+    graded = graded_line(0, 2.5, 0.5) | {"eval/failed_ratio": 0.25}
+    assert summary([graded], Config(), 1.0)[0].endswith(said)
 
 
 def test_the_smallest_k_stands_for_pass_at_one_where_that_is_not_measured():

@@ -108,11 +108,11 @@ def test_summary_by_hand() -> None:
     rows = [
         [scored(0, 0, 1.0, text="a", length=2), scored(0, 1, 0.0, text="b", length=4)],
         [scored(1, 0, 0.0, text="c", finish="length", length=6), scored(1, 1, 0.0, text="c", length=4)],
-        [],
     ]
     assert summarise(rows, Evaluation(samples=2, k=(1, 2))) == {
         "eval/problems": 2.0,
         "eval/completions": 4.0,
+        "eval/failed_ratio": 0.0,
         "eval/pass@1": 0.25,
         "eval/stderr/pass@1": pytest.approx(0.25),
         "eval/pass@2": 0.5,
@@ -126,7 +126,20 @@ def test_summary_by_hand() -> None:
 
 
 def test_summary_of_nothing_has_no_accuracy() -> None:
-    assert summarise([[], []], Evaluation()) == {"eval/problems": 0.0, "eval/completions": 0.0}
+    assert summarise([[], []], Evaluation()) == {
+        "eval/problems": 2.0,
+        "eval/completions": 16.0,
+        "eval/failed_ratio": 1.0,
+    }
+
+
+def test_a_reward_that_failed_counts_as_wrong_and_every_k_is_of_the_same_problems() -> None:
+    right = [scored(0, 0, 1.0), scored(0, 1, 1.0), scored(0, 2, 1.0), scored(0, 3, 1.0)]
+    summary = summarise([right, [scored(1, 2, 1.0)], []], Evaluation(samples=4, k=(1, 2, 4)))
+    assert [summary[f"eval/pass@{k}"] for k in (1, 2, 4)] == pytest.approx([(1 + 1 / 4) / 3, (1 + 1 / 2) / 3, 2 / 3])
+    assert (summary["eval/problems"], summary["eval/completions"]) == (3, 12)
+    assert summary["eval/failed_ratio"] == pytest.approx(7 / 12)
+    assert summary["eval/reward"] == 1.0  # of those that have one
 
 
 def test_rewards_of_minus_one_and_one_count_as_wrong_and_right() -> None:
@@ -138,7 +151,8 @@ def test_rewards_of_minus_one_and_one_count_as_wrong_and_right() -> None:
 
 def test_rewards_between_and_beyond_right_and_wrong_are_graded() -> None:
     rewards = (0.0, 1.0, 0.5, 3.0)
-    summary = summarise([[scored(0, sample, reward) for sample, reward in enumerate(rewards)]], Evaluation(k=(1,)))
+    rows = [[scored(0, sample, reward) for sample, reward in enumerate(rewards)]]
+    summary = summarise(rows, Evaluation(samples=4, k=(1,)))
     assert summary["eval/graded_ratio"] == 0.5
     assert summary["eval/pass@1"] == 0.5  # 1 and 3
 

@@ -132,8 +132,28 @@ def test_the_ratio_is_that_of_the_first_update_with_the_source():
     assert metrics["learner/ratio_max"] == maxima[1, MAXIMA.index("ratio")]
 
 
-def test_a_step_without_updates_has_no_division_by_zero():
-    assert Tally(Config()).metrics()["kl"] == 0.0
+def test_what_was_not_measured_is_absent_and_not_0():
+    assert Tally(Config()).metrics() == {}
+    tally = Tally(Config())
+    tally.add(*(np.zeros_like(array) for array in measured()), first_visit=True, num_tokens=10)
+    assert tally.metrics() == {"tokens/computed": 0.0}  # every row was skipped
+    sums, maxima = measured()
+    sums[1] = 0.0  # α = 1: the penalty reaches learner rows only
+    tally.add(sums, maxima, first_visit=True, num_tokens=10)
+    metrics = tally.metrics()
+    assert "kl" not in metrics
+    assert metrics["entropy"] == pytest.approx(0.15)
+
+
+def test_a_source_whose_rows_all_left_the_loss_has_no_ratio():
+    sums, maxima = measured()
+    for name in ("live", "ratio", "low", "high", "region", "clipped"):
+        sums[0, SUMS.index(name)] = 0.0
+    tally = Tally(Config())
+    tally.add(sums, maxima, first_visit=True, num_tokens=10)
+    metrics = tally.metrics()
+    assert not {"explorer/ratio_mean", "explorer/ratio_max", "explorer/clip_fraction"} & metrics.keys()
+    assert {"explorer/ess", "explorer/weight_mean", "learner/ratio_max"} <= metrics.keys()
 
 
 def test_without_scores_the_gap_to_the_sampler_is_that_of_the_first_update():

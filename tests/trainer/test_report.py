@@ -290,7 +290,7 @@ def test_graded_rewards_are_charted_before_pass_at_k(tmp_path):
 def test_an_evaluation_whose_rewards_all_failed_leaves_a_report(tmp_path):
     make_run(tmp_path, steps=1, ledger=False)
     with RunLog(tmp_path, resume_step=0) as log:
-        log.write({"step": 1, "eval/problems": 0.0, "eval/completions": 0.0})
+        log.write({"step": 1, "eval/problems": 2.0, "eval/completions": 16.0, "eval/failed_ratio": 1.0})
     _, text = parsed(write_report(tmp_path))
     assert "33.0 % → 33.0 %" in text
 

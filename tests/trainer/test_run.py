@@ -203,7 +203,8 @@ def test_two_ranks_train_what_one_trains(reference: Path, ranks: Path) -> None:
     ours, theirs = run_parts.training_lines(reference), run_parts.training_lines(ranks)
     assert all(line["grad_norm"] > 0 for line in ours)
     for name in ("reward", "loss", "kl", "grad_norm"):
-        assert [line[name] for line in theirs] == pytest.approx([line[name] for line in ours], abs=1e-4), name
+        measured = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]  # no kl at α = 1
+        assert measured[1] == pytest.approx(measured[0], abs=1e-4), name
     assert run_parts.ledger(ranks)["conserved"]
 
 

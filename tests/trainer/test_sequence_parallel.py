@@ -153,7 +153,10 @@ def test_a_part_of_prompt_tokens_predicts_nothing_that_counts(tiny_config, made_
             {"correction.explorer.weight": "geometric_mask"},
             r"correction\.explorer\.weight = .*use a ratio or weight by",
         ),
-        ({"correction.explorer.weight": "topr"}, r"learner\.sequence_parallel=1"),
+        (
+            {"correction.explorer.anchor": "learner", "correction.explorer.weight": "topr"},
+            r"learner\.sequence_parallel=1",
+        ),
         ({"learner.micro_batch_tokens": 13}, r"micro_batch_tokens = 13 cannot hold a row: use 14 or more on each of 2"),
     ],
 )
