@@ -221,6 +221,11 @@ class Config(Section, frozen=True, kw_only=True):
         return engine_for(self.rollout.engine, self.learner.model, self.explorer.model)
 
 
+def full_support(sampling: Explorer | Rollout) -> bool:
+    """True where a sampled token's log-prob is over the whole vocabulary, as the trainer's is."""
+    return sampling.top_p == 1 and sampling.top_k == 0
+
+
 def engine_for(engine: EngineName, *models: str) -> EngineName:
     """`engine`, but auto is torch for the embedded models: vLLM takes longer to start than they take to train."""
     return "torch" if engine == "auto" and any(model.startswith("embedded:") for model in models) else engine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.anneal import all_quotas
 from core.batchcheck import batch_problems, rank_problems
-from core.config import Config, SourceCorrection
+from core.config import Config, SourceCorrection, full_support
 from core.configeffect import effect_problems
 from core.configkeys import ConfigError
 from core.lease_size import lease_rows
@@ -95,7 +95,7 @@ def _sampling(config: Config) -> Iterator[str]:
     for name, source, correction in readers:
         section = config.explorer if name == "explorer" else config.rollout
         used = name == "rollout" or explorer_needed(config)
-        if used and (section.top_p < 1 or section.top_k > 0) and needs_sampler_logprobs(correction):
+        if used and not full_support(section) and needs_sampler_logprobs(correction):
             yield (
                 f"{name}.top_p = {section.top_p}, {name}.top_k = {section.top_k} truncate the sampling, but correction."
                 f'{source} (anchor "{correction.anchor}", weight "{correction.weight}") divides by its log-probs: use '

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,27 +88,6 @@ def read_metrics(run_dir: Path, until: int | None = None) -> list[dict[str, Any]
         if until is None or line["step"] <= until:
             lines.append(line)
     return lines
-
-
-class Means:
-    """Weighted means by name, for values that arrive in pieces (micro-batches, groups).
-
-    Example: means = Means(); means.add({"kl": 0.1}, weight=64); means.result() == {"kl": 0.1}
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._weights: dict[str, float] = defaultdict(float)
-
-    def add(self, values: Mapping[str, float], weight: float = 1.0) -> None:
-        """Count each value `weight` times, such as by the tokens it is the mean of."""
-        for name, value in values.items():
-            self._sums[name] += weight * float(value)
-            self._weights[name] += weight
-
-    def result(self) -> dict[str, float]:
-        """The means; a name whose weights sum to zero is left out."""
-        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
 
 def _plain(name: str, value: Any) -> int | float | str | bool | None:

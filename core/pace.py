@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from core.config import Config
+from core.config import Config, full_support
 
 SIGNALS = {"ess": "explorer/ess", "zero_variance": "frac_reward_zero_std"}  # driver → metric of a training line
 POSITION = "mix/anneal_position"
@@ -129,7 +129,7 @@ def driver_problems(config: Config) -> Iterator[str]:
         yield f"{named} with explorer.store: what the explorer owes is not known before the run, so use driver=clock"
     if config.rollout.roles == "handover":
         yield f'{named} with rollout.roles = "handover", whose timetable is made before the run: use roles=dedicated'
-    if algorithm.driver == "ess" and (explorer.top_p < 1 or explorer.top_k > 0):
+    if algorithm.driver == "ess" and not full_support(explorer):
         yield (
             f"{named} reads ratios to the explorer's log-probs, which explorer.top_p = {explorer.top_p}, "
             f"explorer.top_k = {explorer.top_k} normalise over other tokens: use explorer.top_p=1 explorer.top_k=0"

@@ -42,11 +42,6 @@ class Sampling(Noun, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...]
     kind: Literal["processed", "raw"] = "processed"
 
-    @property
-    def full_support(self) -> bool:
-        """True where the log-probs are over the whole vocabulary."""
-        return self.kind == "processed" and self.top_p == 1.0 and self.top_k == 0
-
 
 class Prompt(Noun, frozen=True, kw_only=True):
     """One question, rendered and tokenised.

@@ -45,11 +45,8 @@ def tokenizer_fingerprint(model_dir: Path) -> str:
 
 def file_sha256(file: Path) -> str:
     """SHA-256 (hex) of a file's content, read in pieces."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_digest(file: Path) -> str:

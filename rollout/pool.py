@@ -46,7 +46,7 @@ class WorkerPool:
     """Workers of a run. `terms` has an entry for each role that takes part.
 
     `run_id`, `incarnation`: the run and the count of its starts; frames of any other are refused.
-    `may_grant(lease)` (pool's thread): False holds a lease back, as while the buffer is full; `nudge` asks again.
+    `may_grant(lease)` (pool's thread): False holds a lease back, as while the buffer is full, and is asked again soon.
     `on_event(line)` (pool's thread): a worker came, went, hangs, was restarted. `worker_arguments`: of spawned workers.
 
     Call nothing that returns a value while you hold a lock that `on_completion` takes: both would wait for each other.
@@ -118,10 +118,6 @@ class WorkerPool:
     def hand_over(self, *names: str) -> None:
         """From now on, explorers of this pool that owe nothing join the learner's rollouts; named ones get no lease."""
         self._errands.send(lambda: self._handover.begin(names))
-
-    def nudge(self) -> None:
-        """Ask `may_grant` again now."""
-        self._errands.send(lambda: None)
 
     def waiting_for(self) -> Waiting:
         """What is missing, from whom and since when, and when a worker last moved."""

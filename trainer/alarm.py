@@ -7,7 +7,7 @@ what the engine then computes with.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.config import Config
+from core.config import Config, full_support
 from core.metrics import is_evaluation
 
 GAP = "sampling/sampling_logp_difference"  # /mean, /max, and /current_max of rows that π_old's own weights sampled
@@ -25,7 +25,7 @@ def gap_bounds(config: Config) -> dict[str, float]:
     bound = config.rollout.max_logprob_gap
     if bound != "auto":
         return {f"{GAP}/max": float(bound)} if bound else {}
-    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+    if not full_support(config.rollout):
         return {}
     return {f"{GAP}/current_max": CURRENT_BOUNDS[config.learner.dtype], f"{GAP}/mean": OLDER_BOUND}
 

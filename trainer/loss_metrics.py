@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import Config, Correction
+from core.config import Config, Correction, full_support
 from core.schema import Source
 from trainer.correction import log_ratio
 from trainer.micro_batch import SOURCES, MicroBatch
@@ -187,9 +187,8 @@ def _against_sampler(first: Mapping[str, float]) -> dict[str, float]:
 
 
 def _renormalised(config: Config, source: Source) -> bool:
-    """Under top_p or top_k, μ is over other tokens than π: no ratio and no difference of the two means anything."""
-    settings = config.explorer if source is Source.EXPLORER else config.rollout
-    return settings.top_p < 1 or settings.top_k > 0
+    """μ is over other tokens than π: no ratio and no difference of the two means anything."""
+    return not full_support(config.explorer if source is Source.EXPLORER else config.rollout)
 
 
 def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rollout.fingerprint import file_sha256
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -17,7 +19,7 @@ FORMAT = 1
 def manifest_of(directory: Path, step: int) -> str:
     """What MANIFEST is to hold, of the files that are in the directory now."""
     files = {
-        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in files_in(directory)
     }
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
@@ -48,7 +50,7 @@ def verify(path: Path, step: int) -> str | None:
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes, {expected['bytes']} were written"
-        if _sha256(path / name) != expected["sha256"]:
+        if file_sha256(path / name) != expected["sha256"]:
             return f"{name} does not have the SHA-256 that was written"
     return None
 
@@ -56,11 +58,6 @@ def verify(path: Path, step: int) -> str | None:
 def files_in(directory: Path) -> list[Path]:
     """At any depth, sorted."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from core.metrics import Means, RunLog, is_evaluation, read_metrics
+from core.metrics import RunLog, is_evaluation, read_metrics
 
 
 def test_lines_are_on_disk_before_write_returns(tmp_path):
@@ -99,11 +99,3 @@ def test_lines_of_later_steps_can_be_left_out(tmp_path):
 
 def test_no_file_is_no_lines(tmp_path):
     assert read_metrics(tmp_path) == []
-
-
-def test_means_weigh_and_leave_out_what_never_came():
-    means = Means()
-    means.add({"kl": 1.0, "entropy": 2.0}, weight=3)
-    means.add({"kl": 5.0})
-    means.add({"ratio": 1.0}, weight=0)
-    assert means.result() == {"kl": 2.0, "entropy": 2.0}

@@ -126,13 +126,6 @@ def test_keys_order_explorer_first_then_by_step_slot_and_sample() -> None:
     assert sorted(np.random.default_rng(0).permutation(keys).tolist()) == keys
 
 
-def test_full_support_is_no_truncation_of_processed_log_probs() -> None:
-    plain = Sampling(temperature=0.7, max_tokens=4, stop_token_ids=())
-    assert plain.full_support
-    for changes in ({"top_p": 0.9}, {"top_k": 5}, {"kind": "raw"}):
-        assert not msgspec.structs.replace(plain, **changes).full_support
-
-
 def test_a_group_has_an_advantage_for_each_row() -> None:
     rows = (ScoredCompletion(completion=completion(), reward=0.5, text="x"),)
     with pytest.raises(AssertionError):

@@ -332,7 +332,7 @@ def test_workers_that_come_and_go_do_not_pile_up(make_pool: PoolMaker, scripted:
     assert pool.counters()["balanced"]
 
 
-def test_a_full_buffer_holds_leases_back_until_nudged(
+def test_a_full_buffer_holds_leases_back_until_it_has_room(
     make_pool: PoolMaker, scripted: ScriptedMaker, model: Path
 ) -> None:
     room = threading.Event()
@@ -343,7 +343,6 @@ def test_a_full_buffer_holds_leases_back_until_nudged(
     assert worker.hear(Grant).lease.step == 1
     assert [work.holder for work in pool._book.work(Source.EXPLORER)] == [worker.name, ""]
     room.set()
-    pool.nudge()
     assert worker.hear(Grant).lease.step == 2
 
 
