@@ -17,7 +17,7 @@ from rollout.pool import WorkersLost
 from rollout.status import Held
 from rollout.store import write_rollouts
 from trainer.alarm import GapAlarm, weight_metrics
-from trainer.checkpoint import newest_checkpoint
+from trainer.checkpoint import Found, newest_checkpoint
 from trainer.checks import Place, check_start
 from trainer.console import Console
 from trainer.devices import memory_report, take_gpus
@@ -122,8 +122,8 @@ class Session:
         if self.world.is_main:
             directory = RunDirectory(config, resume=self.command.resume, clean=self.command.clean)
             self._closing.callback(directory.close)
-        self.world.barrier("the run directory")
-        found = newest_checkpoint(self.path / "checkpoints") if self.command.resume else None
+        self.world.barrier("the run directory", timeout_s=timeout_s)  # rank 0 may import a slow reward function
+        found = self._checkpoint() if self.command.resume else None
         # Later steps happen again: what a killed run wrote of them does not count.
         history = read_metrics(self.path, until=found.step if found else 0) if self.command.resume else ()
         console = self._closing.enter_context(Console(config, history=history))
@@ -150,6 +150,13 @@ class Session:
         )
         self._closing.enter_context(SIGNALS.between_steps_only())
         self.stream.publish(self.learner)
+
+    def _checkpoint(self) -> Found | None:
+        """The newest one that verifies: rank 0 looks, however long it takes, so that its files are read once."""
+        root = self.path / "checkpoints"
+        found = newest_checkpoint(root) if self.world.is_main else None
+        step = int(self.world.broadcast_bytes(b"%d" % (found.step if found else 0) if self.world.is_main else None))
+        return Found(step, root / f"step_{step}") if step else None
 
     def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
         """Rank 0: which weights the workers have, and whether their log-probs are the learner's."""

@@ -147,7 +147,7 @@ class Late:
         self.asked.append(version)
         return self.newest
 
-    def loaded(self, version: int) -> None:
+    def loaded(self, version: int, started_s: float) -> None:
         self.loaded_versions.append(version)
 
 
