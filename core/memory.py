@@ -18,6 +18,7 @@ ENGINE_OVERHEAD_BYTES = 2 * GIB  # of vLLM inside its share: context, CUDA graph
 FRAGMENTATION = 0.05
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1280 << 20, 4096  # kernels.row_triton: logits held at once
 LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own default
+STEP_TOKEN_BYTES = 96  # up to seven int64 and five fp32 (trainer.micro_batch), and five fp32 scores (trainer.objective)
 PUBLISHED_VERSIONS = 2  # of the learner's weights: the newest, and the one a worker may still be reading
 DEEPSPEED_LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered at most
 
@@ -118,6 +119,7 @@ def trainer_parts(config: Config, learner: ModelShape, explorer: ModelShape | No
     recompute = settings.recompute if settings.gradient_checkpointing else "none"
     sharers = settings.sequence_parallel
     parts["activations"] = activation_bytes(learner, tokens_per_pass(config), width, recompute, sharers)
+    parts["rows of the step"] = _step_bytes(config, ranks)
     accumulator = not in_place and not settings.lora_rank
     parts["head"] = head_bytes(learner, tokens_per_pass(config), width, accumulator=accumulator)
     parts["context and gaps"] = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
@@ -162,10 +164,19 @@ def published_bytes(config: Config, learner: ModelShape) -> int:
     return held * BYTES[config.learner.dtype] * learner.parameters
 
 
+def _step_bytes(config: Config, ranks: int) -> int:
+    """A rank's completions of a step with their scores, which stay on its GPU while the step trains; at most."""
+    completions = config.algorithm.prompts_per_step * config.algorithm.group_size
+    return STEP_TOKEN_BYTES * _longest(config) * completions // ranks
+
+
 def tokens_per_pass(config: Config) -> int:
     """T, at most."""
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    return config.learner.micro_batch_tokens or config.learner.micro_batch_rows * longest
+    return config.learner.micro_batch_tokens or config.learner.micro_batch_rows * _longest(config)
+
+
+def _longest(config: Config) -> int:
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def activation_bytes(

@@ -8,6 +8,8 @@ from core import memory
 from core.memory import head_bytes, model_shape
 from kernels import row_triton
 from kernels.autograd import backend, default_chunk_rows
+from trainer.batch import pack_step
+from trainer.objective import Scores
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -35,3 +37,15 @@ def test_the_head_s_chunk_is_the_kernels_own() -> None:
     shape = model_shape({"model_type": "llama", **TINY} | {"vocab_size": 400_000})
     rows = default_chunk_rows(backend("triton"), 400_000, 2)
     assert head_bytes(shape, tokens=0, width=2) == rows * 400_000 * 2 + 4 * 400_000 * 32
+
+
+def test_the_rows_of_a_step_take_what_is_counted(tiny_config, made_up_groups) -> None:
+    """Per completion token; prompts that rows share are little beside them."""
+    config = tiny_config({"rollout.max_response_tokens": 4000, "learner.micro_batch_tokens": 40_000})
+    batch = pack_step(made_up_groups(longest=4000), config)
+    micro_batches = [micro_batch for part in batch.mini_batches for micro_batch in part.micro_batches]
+    values = [value for m in micro_batches for value in (*vars(m).values(), *m.inputs.values())]
+    held = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    scores = len(Scores._fields) * torch.float32.itemsize
+    tokens = sum(len(micro_batch.target_T) for micro_batch in micro_batches)
+    assert memory.STEP_TOKEN_BYTES * 0.9 < held / tokens + scores < memory.STEP_TOKEN_BYTES * 1.02
