@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from core.whole_file import whole_file
+
 FILE_NAME = "metrics.jsonl"
 EVALUATION = "eval/"
 # A completion counts as correct with a reward above this: right for rewards of 0 and 1, and of -1 and 1.
@@ -101,9 +103,7 @@ def _plain(name: str, value: Any) -> int | float | str | bool | None:
 
 
 def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)

@@ -5,7 +5,6 @@ of a given identity has only one content, whichever runs fill it and in whatever
 """
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from core.schema import Sampling
 from core.seeds import recorded_seed
 from core.storefolder import IDENTITY_FILE, folder_problem, made_by_store
+from core.whole_file import whole_file
 
 FORMAT = 1
 SCHEMA = pa.schema(
@@ -110,9 +110,8 @@ class CompletionStore:
         """Write one file, named by what it holds: the same completions recorded twice are one file."""
         names = "\n".join(f"{row.prompt_uid}/{row.number}" for row in rows)
         path = self.directory / f"{hashlib.blake2b(names.encode(), digest_size=12).hexdigest()}.parquet"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(_to_table(rows), partial, compression="zstd")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            pq.write_table(_to_table(rows), partial, compression="zstd")
         return path
 
     def _table(self, file: Path) -> pa.Table:
@@ -126,9 +125,8 @@ class CompletionStore:
 def _claim(file: Path, identity: Identity) -> None:
     """Write the identity of an empty store; refuse a store of another."""
     if not file.exists():
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(identity), indent=2))
-        partial.replace(file)
+        with whole_file(file) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(identity), indent=2))
     try:
         theirs = msgspec.json.decode(file.read_bytes(), type=Identity)
     except msgspec.DecodeError as error:

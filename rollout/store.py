@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.schema import Group
+from core.whole_file import whole_file
 
 FOLDER = "rollouts"
 SCHEMA = pa.schema(
@@ -47,9 +48,8 @@ def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group]) -> Path:
         )
     path = rollout_file(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(_table(groups), partial, compression="zstd", use_dictionary=REPEATED)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        pq.write_table(_table(groups), partial, compression="zstd", use_dictionary=REPEATED)
     return path
 
 

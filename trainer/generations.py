@@ -1,7 +1,6 @@
 """What a model answered to a benchmark, on disk: written as it is drawn, so that a killed evaluation continues."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from core.schema import CompletionKey, Prompt, Source
 from core.seeds import completion_seed
+from core.whole_file import whole_file
 from rollout.engine import Engine, Request
 from trainer.penalty import PenalisedSampling
 
@@ -154,9 +154,8 @@ def read_generations(directory: Path) -> list[Generation]:
 
 def write_whole(path: Path, table: pa.Table) -> None:
     """Write a parquet file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def _seed(seed: int, place: int, sample: int) -> int:
@@ -167,9 +166,8 @@ def _seed(seed: int, place: int, sample: int) -> int:
 def _claim(file: Path, settings: Settings) -> None:
     """Write the settings of an empty directory; refuse those of another evaluation."""
     if not file.exists():
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")
-        partial.replace(file)
+        with whole_file(file) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n")
     try:
         theirs = msgspec.json.decode(file.read_bytes(), type=Settings)
     except msgspec.DecodeError as error:

@@ -15,6 +15,7 @@ import torch
 
 from core.config import Config
 from core.memory import PUBLISHED_VERSIONS
+from core.whole_file import whole_file
 from rollout.fingerprint import file_digest
 from trainer.weight_buffers import WeightBuffers
 
@@ -46,7 +47,7 @@ class PublishedWeights:
     def __init__(self, directory: Path, *, in_memory: bool) -> None:
         self.directory, self.in_memory = directory, in_memory and memory_is_shared()
         self._delete: list[Callable[[], object]] = []  # one for each version kept, the oldest first
-        for left in directory.glob("*version_*.safetensors"):
+        for left in directory.glob("*version_*.safetensors*"):
             left.unlink()
 
     def write(self, version: int, fill: Callable[[BinaryIO], None]) -> tuple[Path, str]:
@@ -98,8 +99,6 @@ def _disk_file(directory: Path, version: int, fill: Callable[[BinaryIO], None]) 
     """Path and what deletes it. It has its name only when it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"version_{version:06d}.safetensors"
-    temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
-    with temporary.open("wb") as stream:
+    with whole_file(file) as partial, partial.open("wb") as stream:
         fill(stream)
-    os.replace(temporary, file)
     return file, lambda: file.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ from core.anneal import Quota
 from core.config import Config
 from core.metrics import RunLog, is_evaluation, read_metrics
 from core.schema import Group, ScoredCompletion
+from core.whole_file import whole_file
 from rollout.store import cut_rollouts, write_rollouts
 from trainer.console import Console
 from trainer.report import LiveReport
-from trainer.run_directory import write_atomic
 from trainer.step_metrics import diversity_metrics, group_metrics
 from trainer.timeline import PROCESS, Part, Spans, trace_leases, trace_step, wait_shares
 from trainer.tracer import Tracer
@@ -106,7 +106,8 @@ class Recorder:
 
     def ledger(self, report: Mapping[str, Any]) -> None:
         """The accounts at a checkpoint, and a loud line where they do not add up."""
-        write_atomic(self.path / "ledger.json", json.dumps(report, indent=1))
+        with whole_file(self.path / "ledger.json") as partial:
+            partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
         if not report["conserved"]:
             self.console.warn("the ledger does not add up: completions were lost or counted twice; see ledger.json")
         self._report.refresh()

@@ -15,9 +15,9 @@ import msgspec
 from core.config import Config
 from core.confighelp import explain
 from core.metrics import is_evaluation, read_metrics
+from core.whole_file import whole_file
 from trainer.curves import curves_section, headline_chart, mixing_chart
 from trainer.diagnosis import diagnosis
-from trainer.run_directory import write_atomic
 from trainer.samples import samples_section
 from trainer.tables import configuration_table, evaluation_table, ledger_table, quota_table, tiles
 
@@ -78,7 +78,8 @@ def write_report(run_dir: Path) -> Path:
         configuration=configuration_table(run.config),
     )
     path = run_dir / FILE_NAME
-    write_atomic(path, page)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

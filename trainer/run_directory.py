@@ -13,6 +13,7 @@ import msgspec
 from core.config import Config
 from core.configfile import ConfigError, write_resolved
 from core.metrics import FILE_NAME as METRICS_FILE
+from core.whole_file import whole_file
 
 CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "lock"
 
@@ -66,7 +67,8 @@ class RunDirectory:
         if file.exists():
             saved = json.loads(file.read_text())
             run_id, incarnation = saved["run_id"], saved["incarnation"]
-        write_atomic(file, json.dumps({"run_id": run_id, "incarnation": incarnation + 1}))
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps({"run_id": run_id, "incarnation": incarnation + 1}), encoding="utf-8")
         return run_id, incarnation + 1
 
     def close(self) -> None:
@@ -162,14 +164,3 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Replace a file's content; a reader or a crash sees the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,7 +1,6 @@
 """Tensors on disk, written one after the other by rank 0 while all ranks take part in gathering them."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from core.whole_file import whole_file
 
 FILE_BYTES = 4 << 30  # a file is in memory once while it is written
 STAGE_BYTES = 64 << 20  # of a GPU's tensor, in host memory at once
@@ -27,9 +28,8 @@ def gather(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Te
 def write_file(tensors: dict[str, Tensor], file: Path, **notes: str) -> None:
     """One safetensors file with `notes` among its metadata, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")
-    save_file(tensors, temporary, metadata={"format": "pt", **notes})
-    os.replace(temporary, file)
+    with whole_file(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", **notes})
 
 
 def write_stream(tensors: Iterator[tuple[str, Tensor]], stream: BinaryIO | None, names: Iterable[str]) -> None:

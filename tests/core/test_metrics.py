@@ -65,7 +65,7 @@ def test_resume_cuts_what_happens_again_and_keeps_the_rest(tmp_path):
         (0, True), (1, False), (2, False), (2, True), (3, False),
     ]  # fmt: skip
     assert lines[-1]["reward"] == 9.0
-    assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_line_cut_by_a_kill_is_left_out_and_resume_removes_it(tmp_path):

@@ -159,7 +159,7 @@ def test_published_weights_stay_whatever_a_killed_start_left_behind(tmp_path: Pa
     published: list[tuple[int, Path, str]] = []
     folder = tmp_path / "weights"
     folder.mkdir()
-    for name in ("version_000004.safetensors", "version_000005.safetensors", "tmp-7-version_000006.safetensors"):
+    for name in ("version_000004.safetensors", "version_000005.safetensors", ".version_000006.safetensors.7"):
         (folder / name).write_text("old")
     publisher = stream()
     publisher.weights = PublishedWeights(folder, in_memory=in_memory)
