@@ -84,7 +84,8 @@ def run(job, model_dir, work, world, steps):
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
     model_dir = Path(job["model"] or model_dir)
     learner = Learner.load(config, model_dir=model_dir, explorer_dir=None, world=world, checkpoint=checkpoint)
-    bucket = learner.backend.engine.zero_reduce_bucket_size()
+    engine = getattr(learner.backend, "engine", None)  # DeepSpeed's
+    bucket = engine.zero_reduce_bucket_size() if engine else None
     metrics, whole = [], sum(p.numel() for p in learner.model.parameters())
     for step in range(learner.step, len(steps)):
         hook = poison(learner) if step == job["poisoned"] and world.rank == world.size - 1 else None
