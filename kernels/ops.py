@@ -57,7 +57,7 @@ def linear_logprob(
     name = implementation(impl, hidden.device)
     if name == "reference":
         return reference.selected_logprob(hidden, weight, targets, temperature=temperature)
-    plan = autograd.HeadPlan(autograd.backend(name), targets, scale, fp32_logits, chunk_rows)
+    plan = autograd.HeadPlan(autograd.backend(name), targets.contiguous(), scale, fp32_logits, chunk_rows)
     return autograd.linear_logprob(hidden, weight, plan, resident)
 
 
@@ -176,8 +176,8 @@ def _fused(
             hidden, weight, targets, rows, settings,
             entropy_coef=entropy_coef, token_weight=token_weight, temperature=temperature,
         )  # fmt: skip
-    plan = autograd.HeadPlan(autograd.backend(name), targets, scale, fp32_logits, chunk_rows)
-    weights = torch.ones_like(scale) if token_weight is None else token_weight.detach().to(scale.dtype)
+    plan = autograd.HeadPlan(autograd.backend(name), targets.contiguous(), scale, fp32_logits, chunk_rows)
+    weights = torch.ones_like(scale) if token_weight is None else token_weight.detach().to(scale.dtype).contiguous()
     job = autograd.LossJob(plan, rows, settings, weights, entropy_coef, main_grad)
     return autograd.linear_policy_loss(hidden, weight, job)
 

@@ -27,7 +27,7 @@ from rollout.rewarding import FailureLog, Rewarder, Ticket
 
 
 class NothingToTrain(RuntimeError):
-    """Every prompt of a step was dropped, or every reward of an evaluation failed."""
+    """Every prompt of a step was dropped."""
 
 
 class Mixer:

@@ -97,8 +97,8 @@ class FailureLog:
             self._kinds.add(outcome.failure)
         if first:
             self._say(
-                f"warning: {reason}, first in {where}, prompt {uid}. Completions without a reward are left out; "
-                f"each distinct reason is in {self.file}"
+                f"warning: {reason}, first in {where}, prompt {uid}. Completions without a reward are left "
+                f"out of training and count as wrong in an evaluation; each distinct reason is in {self.file}"
             )
 
     def summary(self) -> str:

@@ -139,7 +139,8 @@ class Console:
         return sum(times) / len(times) * (self._steps - step)
 
     def _note(self, metrics: Mapping[str, Any]) -> None:
-        if not self._noted_loss and abs(metrics.get("loss") or 0.0) < 0.01:
+        loss = metrics.get("loss")  # None where every update was skipped
+        if not self._noted_loss and loss is not None and abs(loss) < 0.01:
             self.say(f"note: {LOSS_NOTE}")
         self._noted_loss = True
         self._flat_steps = self._flat_steps + 1 if metrics.get("frac_reward_zero_std") == 1 else 0

@@ -20,3 +20,4 @@ def train(command: Command) -> None:
             metrics = learner.end_step()  #                                      21
             stream.publish(learner)
             session.finish(step, metrics)  #                                     22-23 evaluation, checkpoint
+        session.heed_signals()

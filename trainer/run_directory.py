@@ -19,10 +19,10 @@ CONFIG_FILE, IDENTITY_FILE, LOCK_FILE = "config.resolved.json", "run.json", "loc
 
 # What a resumed run may change: how it runs, not what it computes.
 FREE_KEYS = (
-    "run.dir", "run.threads", "run.device", "run.log_to", "algorithm.steps", "learner.max_nonfinite_updates",
-    "explorer.processes", "explorer.ahead_steps", "rollout.processes", "rollout.roles", "rollout.update_in_flight",
-    "stream.", "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "placement.", "reward.workers",
-    "reward.timeout_s", "evaluation.", "checkpoint.",
+    "run.dir", "run.threads", "run.device", "run.log_to", "algorithm.steps", "algorithm.stream_mini_batches",
+    "learner.max_nonfinite_updates", "explorer.processes", "explorer.ahead_steps", "rollout.processes", "rollout.roles",
+    "rollout.update_in_flight", "rollout.memory_share", "rollout.max_logprob_gap", "rollout.weights", "stream.",
+    "placement.", "reward.workers", "reward.timeout_s", "evaluation.", "checkpoint.",
 )  # fmt: skip
 # And what it may change where memory ran out: the same updates, added up in another order.
 ROUNDING_KEYS = (

@@ -109,6 +109,11 @@ class Session:
             self.recorder.begin()
         alive(self.config.stream.starvation_s)
 
+    def heed_signals(self) -> None:
+        """Raise Stopped, on every rank, where a signal came: it may have cut the last evaluation short."""
+        if asked := self.world.highest(SIGNALS.asked):
+            raise Stopped(asked, between_steps=True)
+
     def _open(self) -> None:
         config = self.config
         torch.set_num_threads(config.run.threads)
@@ -189,9 +194,7 @@ class Session:
         for line in (*materials.report, *directory.notes):
             console.say(line)
         if self.command.resume:
-            console.say(
-                f"continuing after step {step}" if checkpoint else "no checkpoint yet: starting again at step 1"
-            )
+            console.say(f"continuing after step {step}" if checkpoint else "no checkpoint yet: starting at step 1")
         self.recorder = Recorder(self.path, console, step if self.command.resume else None, self.config)
         self._closing.callback(self.recorder.close)
         if self.command.replay is not None:

@@ -47,9 +47,10 @@ def _evaluation_tiles(evaluations: Lines) -> list[tuple[str, str]]:
         shown.append((f"{number_text(before)} → {number_text(after)}", "mean held-out reward"))
         rule = f" (reward above {CORRECT_ABOVE:g})"
     for name, key in pass_at_keys(last):
-        gain = 100 * ((last[key] or 0.0) - (first.get(key) or 0.0))
-        values = f"{percent_text(first.get(key))} → {percent_text(last[key])}"
-        shown.append((values, f"{name}{rule}, {gain:+.1f} points{failed_text(last)}"))
+        before, after = first.get(key), last[key]
+        gain = "" if before is None or after is None else f", {100 * (after - before):+.1f} points"
+        values = f"{percent_text(before)} → {percent_text(after)}"
+        shown.append((values, f"{name}{rule}{gain}{failed_text(last)}"))
     return shown
 
 

@@ -15,9 +15,14 @@ def test_a_file_is_old_until_it_is_new(tmp_path):
 
 def test_what_fails_leaves_nothing_and_changes_nothing(tmp_path):
     file = tmp_path / "ledger.json"
-    with pytest.raises(KeyboardInterrupt), whole_file(file) as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with whole_file(file) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError), whole_file(file):
         pass

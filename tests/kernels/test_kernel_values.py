@@ -196,3 +196,22 @@ def test_the_upstream_gradient_scales_both_gradients(impl, head_case, loss_rows,
     (loss * 0.25).backward()
     assert torch.equal(h.grad, plain["d_hidden"] * 0.25)
     assert torch.equal(w.grad, plain["d_weight"] * 0.25)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_arguments_may_have_any_strides(impl, head_case, loss_rows, run_fused, run_scored):
+    """Gradients too: the scalar loss alone does not show weights that were read from the wrong place."""
+    hidden, weight, targets = head_case(6, 33, dtype=torch.float32)
+    rows = loss_rows(hidden, weight, targets)
+    rows.options["token_weight"] = torch.full((6,), 0.5)
+    rows.anchor = rows.anchor.nan_to_num()
+    wanted = run_fused(impl, hidden, weight, targets, rows)
+    every_other = {name: torch.stack([v, v], 1).flatten()[::2] for name, v in rows.options.items() if name != "kl_coef"}
+    rows.options |= every_other | {"token_weight": torch.tensor(0.5).expand(6)}
+    rows.anchor, rows.advantage = (torch.stack([v, v], 1).flatten()[::2] for v in (rows.anchor, rows.advantage))
+    strided = torch.stack([targets, targets.flip(0)], 1).flatten()[::2]
+    found = run_fused(impl, hidden, weight, strided, rows)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    pull = torch.randn(2, 6)
+    scored = (run_scored(impl, hidden, weight, ids, pull) for ids in (targets, strided))
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in scored)))

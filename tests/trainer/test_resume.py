@@ -79,7 +79,7 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(roo
     assert [path.name[:4] for path in (run_dir / "checkpoints").iterdir()] == ["tmp-"]
 
     text = finish(start([*words, "--resume"], log=log, S2LPO_CRASH_AT="renamed"), log=log, code=-signal.SIGKILL)
-    assert "no checkpoint yet: starting again at step 1" in text
+    assert "no checkpoint yet: starting at step 1" in text
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_2"]
 
     instant = random.Random(20260530)

@@ -15,7 +15,8 @@ import torch
 from run_parts import arguments, eventually, finish, start
 
 from core.config import Checkpoint, Config
-from trainer import updates
+from trainer import session, updates
+from trainer.session import Session
 from trainer.signals import Signals, Stopped
 from trainer.stream import GroupStream
 from trainer.world import World
@@ -243,3 +244,19 @@ def test_sigterm_saves_the_step_it_stands_at_and_the_rest_of_the_run_has_the_sam
     assert run_parts.weights_bytes(run_dir) == run_parts.weights_bytes(reference)
     assert run_parts.trained_keys(run_dir) == run_parts.trained_keys(reference)
     assert os.path.exists(run_dir / "report.html")
+
+
+@pytest.mark.parametrize("asked", [0, signal.SIGTERM])
+def test_a_signal_that_cut_the_last_evaluation_short_is_no_finished_run(
+    asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals, ended = Signals(), Mock(spec=Session)
+    ended.world = World(rank=0, size=1, device=torch.device("cpu"))
+    signals.asked = asked
+    monkeypatch.setattr(session, "SIGNALS", signals)
+    if not asked:
+        Session.heed_signals(ended)
+        return
+    with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        Session.heed_signals(ended)
+    assert stopped.value.between_steps
