@@ -70,6 +70,11 @@ def all_quotas(config: Config) -> list[Quota]:
     return [quota_at(step, config.algorithm) for step in range(1, config.algorithm.steps + 1)]
 
 
+def explorer_needed(config: Config) -> bool:
+    """True where some step asks the explorer for completions."""
+    return any(quota.explorer for quota in all_quotas(config))
+
+
 def explorer_share(alpha: float, group_size: int) -> Fraction:
     """αG for a configured decimal α, exact: 0.07 of 100 is 7, where the product of floats rounds up to 8."""
     return Fraction(str(alpha)) * group_size

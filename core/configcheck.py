@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.anneal import all_quotas
+from core.anneal import all_quotas, explorer_needed
 from core.batchcheck import batch_problems, rank_problems
 from core.config import Config, SourceCorrection, full_support
 from core.configeffect import effect_problems
@@ -41,11 +41,6 @@ def check_paths(config: Config) -> None:
     problems = list(_path_problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def explorer_needed(config: Config) -> bool:
-    """True where some step asks the explorer for completions."""
-    return any(quota.explorer for quota in all_quotas(config))
 
 
 def require_explorers(config: Config) -> None:

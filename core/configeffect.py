@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import reduce
 
-from core.anneal import all_quotas
+from core.anneal import explorer_needed
 from core.config import Config
 from core.configkeys import all_keys
 
@@ -42,7 +42,7 @@ def _algorithm(config: Config) -> Iterator[tuple[str, str, str]]:
     if algorithm.driver == "clock":
         for end in ("driver_low", "driver_high"):
             yield f"algorithm.{end}", 'algorithm.driver = "clock"', "algorithm.driver=ess"
-    if not any(quota.explorer for quota in all_quotas(config)):
+    if not explorer_needed(config):
         reason, remedy = "a schedule that never asks the explorer", "a larger algorithm.anneal_steps or algorithm.alpha"
         yield "correction.explorer_negatives", reason, remedy
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import msgspec
 
-from core.anneal import all_quotas
+from core.anneal import all_quotas, explorer_needed
 from core.config import Config
 from core.configfile import FLAGS, USAGE
 from core.confighints import ALIASES, meant
@@ -95,7 +95,7 @@ def explain(config: Config) -> list[str]:
 
 
 def _models(config: Config) -> str:
-    explorer = f"explorer {config.explorer.model}, " if any(quota.explorer for quota in all_quotas(config)) else ""
+    explorer = f"explorer {config.explorer.model}, " if explorer_needed(config) else ""
     return f"learner {config.learner.model}, {explorer}data {config.data.train}, reward {config.reward.function}"
 
 

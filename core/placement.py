@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from core.anneal import explorer_needed
 from core.config import Config, Gpus
-from core.configcheck import explorer_needed
 from core.configkeys import ConfigError
 
 # What vLLM engines may fill of a GPU on which a trainer rank lives too: its context and allocator need the rest.

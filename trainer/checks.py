@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from core.anneal import explorer_needed
 from core.batchcheck import position_problems
 from core.config import Config
-from core.configcheck import EMBEDDED, check_config, check_paths, explorer_needed
+from core.configcheck import EMBEDDED, check_config, check_paths
 from core.configkeys import ConfigError
 from core.datasets import column_names
 from core.rewards import BUILT_IN, require_columns

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from core.anneal import explorer_needed
 from core.config import Config
-from core.configcheck import EMBEDDED, explorer_needed
+from core.configcheck import EMBEDDED
 from core.prompts import PromptSchedule
 from core.schema import Prompt, Source
 from rollout.demand import Demand
