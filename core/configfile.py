@@ -12,6 +12,7 @@ from core.config import Config
 from core.configcheck import check_config
 from core.confighints import asked, did_you_mean, key_hint, near
 from core.configkeys import ConfigError, Key, all_keys, section_of
+from core.whole_file import whole_file
 
 __all__ = ["Command", "ConfigError", "load_config", "parse_command", "write_resolved"]
 
@@ -161,7 +162,8 @@ def _halves(override: str) -> tuple[str, str]:
 
 def write_resolved(config: Config, path: Path) -> None:
     """The whole configuration as indented JSON."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    with whole_file(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
