@@ -47,7 +47,7 @@ class ReplayStream(GroupStream):
 
     def parts(self, step: int, prompts: int | None = None) -> Iterator[tuple[Group, ...]]:
         """The groups of `step`, as they were. ValueError where they are of other prompts than this configuration's."""
-        SIGNALS.check()
+        SIGNALS.check(self.world.highest)
         with self.stages("wait"):
             groups = read_groups(self.run, step, self.demand.prompts_at(step), self.demand.config.algorithm)
         for start in range(0, len(groups), prompts or len(groups)):

@@ -111,8 +111,7 @@ class Session:
 
     def heed_signals(self) -> None:
         """Raise Stopped, on every rank, where a signal came: it may have cut the last evaluation short."""
-        if asked := self.world.highest(SIGNALS.asked):
-            raise Stopped(asked, between_steps=True)
+        SIGNALS.check(self.world.highest)
 
     def _open(self) -> None:
         config = self.config

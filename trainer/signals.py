@@ -72,17 +72,18 @@ class Signals:
             self.training = False
             faulthandler.cancel_dump_traceback_later()
 
-    def check(self) -> None:
-        """Raise Stopped where a signal asked for it."""
-        if self.asked:
-            raise Stopped(self.asked, between_steps=True)
+    def check(self, among: Callable[[int], int] = int) -> None:
+        """Between steps: raise Stopped where a signal asked for it. `among` gives the largest of all ranks' values, so
+        that they leave together."""
+        if asked := among(self.asked):
+            raise Stopped(asked, between_steps=True)
 
     def overdue(self, grace_s: float) -> int:
         """Within a step: the signal that asked `grace_s` seconds ago or earlier, or 0."""
         return self.asked if time.monotonic() - self._asked_s >= grace_s else 0
 
     def give_up(self, grace_s: float, among: Callable[[int], int] = int) -> None:
-        """Within a step: raise Stopped where `overdue`; `among` gives the largest of all ranks' values."""
+        """Within a step: raise Stopped where `overdue`; `among` as in `check`."""
         if asked := among(self.overdue(grace_s)):
             _say(f"the step did not end within {grace_s:g} s (checkpoint.grace_s): stopping without a checkpoint of it")
             raise Stopped(asked, between_steps=False)

@@ -200,8 +200,8 @@ class GroupStream:
         first, last = 0, False
         while not last:
             with self.stages("wait"):
-                if not first and (asked := self.world.highest(SIGNALS.asked)):
-                    raise Stopped(asked, between_steps=True)
+                if not first:
+                    SIGNALS.check(self.world.highest)
                 groups, last = self._collect(step, first, prompts)
             self.within_step = True
             if groups:
